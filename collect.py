@@ -1,0 +1,1047 @@
+"""Trajectories of Distracting MetaWorld, rendered with and without a moving background, and cached embeddings of them.
+
+    python collect.py                                            quick: drawer-open, 80 episodes, generated backgrounds, oracle embeddings
+    python collect.py paper --videos davis                       all of MT10, 5000 episodes a task, DAVIS-2017 backgrounds
+    python collect.py --videos my_clips/ --out data/mine         a folder of video files or of frame folders as backgrounds
+    python collect.py --prompt blind                             adds the embeddings of another prompt to the same data
+
+Part 1 is the environment and its trajectories, part 2 the encoders and their cache; each can be read alone. Data layout: README, "Files".
+A command that was cut off goes on where it stopped; the files are equal, byte for byte, whatever the number of workers or interruptions.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import concurrent.futures
+import contextlib
+import difflib
+import fcntl
+import glob
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import weakref
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+def pick_headless_gl() -> None:
+    """Sets MUJOCO_GL (unless the user did) to the first of EGL and OSMesa that really opens a context; must run before `import mujoco`."""
+    if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
+        return
+    for backend in ("egl", "osmesa"):
+        environ = {**os.environ, "MUJOCO_GL": backend}
+        probe = [sys.executable, "-c", "import mujoco; c = mujoco.GLContext(8, 8); c.make_current(); c.free()"]
+        if subprocess.run(probe, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+            return
+    os.environ["MUJOCO_GL"] = "disable"  # the simulator still works; DistractingMetaWorld says what to install
+
+
+pick_headless_gl()
+
+import gymnasium  # noqa: E402
+import imageio.v3 as iio  # noqa: E402
+import mujoco  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
+from PIL import Image, ImageDraw, ImageOps, ImageSequence  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+# fmt: off
+MT10 = ("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown", "peg-insert-side", "window-open",
+        "window-close")
+TASKS = tuple(sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS))
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+SEGMENTS = ("background", "table", "robot", "object", "goal")  # classes of segments.npy
+# fmt: on
+
+
+@dataclass
+class Args:
+    tasks: tuple[str, ...] = ("drawer-open",)
+    """MetaWorld tasks without "-v3"; `mt10` stands for the ten of MT10"""
+    episodes_per_task: int = 80
+    """episodes a task (lam_vlm.py keeps the last fifth for its probes: 64 + 16)"""
+    videos: str = "generated"
+    """backgrounds: generated, davis, none (no distractors anywhere), or the path of a folder of clips or of a DAVIS archive"""
+    size: int = 64
+    """side of the frames in pixels"""
+    camera: str = "corner"
+    """camera of MetaWorld: corner, corner2, corner3, corner4, topview, behindGripper, gripperPOV"""
+    camera_distance: float = 0.0
+    """metres that the camera is moved backward, for a wider view"""
+    max_steps: int = 200
+    """step limit of an episode, 500 at most"""
+    after_success: int = 5
+    """steps an episode goes on after its first success"""
+    noise: float = 0.0
+    """std of the Gaussian noise added to the expert's actions; the action stored is the action executed"""
+    shard_episodes: int = 5
+    """episodes a shard: what a killed run loses at most, for each worker"""
+    workers: int = 0
+    """processes; 0: one a core"""
+    seed: int = 0
+    """seed of goals, backgrounds and noise"""
+    out: str = "data/quick"
+    """folder of the data set"""
+    encoder: str = "oracle"
+    """encoder whose embeddings are cached: oracle, or none for trajectories alone"""
+    prompt: tuple[str, ...] = ("best",)
+    """prompts, each a preset (best, positive, arm, object, blind) or a text of your own; {object} is filled per task"""
+    layers: tuple[int, ...] = ()
+    """layers to export; none given: the encoder's default"""
+    pools: tuple[str, ...] = ()
+    """token pools to export; none given: the encoder's default"""
+    background_kept: float = 0.0
+    """oracle only: fraction of what the prompt does not name that leaks into the embedding, 0 to 1"""
+
+
+QUICK = Args()
+PAPER = replace(
+    QUICK, tasks=("mt10",), episodes_per_task=5000, videos="davis", size=128, max_steps=500, shard_episodes=50, out="data/paper"
+)
+PRESETS = {"quick": QUICK, "paper": PAPER}
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line on stderr and exit status 1."""
+    raise SystemExit(f"collect.py: {message}")
+
+
+def nearest(word: str, names: tuple[str, ...] | list[str], what: str) -> str:
+    """One line for an unknown name: the nearest valid ones, or all of them when none is near."""
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.4)
+    return f"unknown {what} {word!r}; " + (f"did you mean {', '.join(close)}?" if close else f"valid: {', '.join(names)}")
+
+
+# ------------------------------------------------------------------------------------------------ environment
+
+
+def episode_rng(seed: int, task: str, episode: int, split: str = "train") -> np.random.Generator:
+    """The one source of chance of an episode: goal, clip, start frame, direction, action noise. `split` keeps test episodes apart."""
+    return np.random.default_rng([seed, episode, *f"{split}/{task}".encode()])
+
+
+class Renderer:
+    """Colour, depth and (on demand) segmentation of one MuJoCo model, from one off-screen context of its own.
+
+    Two MetaWorld environments rendered through gymnasium in one process corrupt each other's frames; a private context is exact. Shadows,
+    reflections and multisampling are off: pictures are drawn at twice the size and averaged down instead, which is 10x faster.
+    """
+
+    def __init__(self, model: mujoco.MjModel, size: int, camera: str, camera_distance: float):
+        if not hasattr(mujoco, "GLContext"):
+            fail("no OpenGL for headless rendering; install one, e.g. `apt-get install libegl1 libgl1-mesa-dri` (or `libosmesa6`)")
+        model.vis.global_.offwidth = model.vis.global_.offheight = 2 * size
+        model.vis.quality.offsamples = 0
+        self.model, self.side = model, 2 * size
+        try:
+            self.gl = mujoco.GLContext(self.side, self.side)
+            self.gl.make_current()
+            self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        except Exception as error:  # the loaders of EGL and OSMesa raise their own types
+            fail(f"OpenGL ({os.environ.get('MUJOCO_GL', 'default')}) opens no context: {error}; try MUJOCO_GL=egl or MUJOCO_GL=osmesa")
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.scene, self.option, self.perturb = mujoco.MjvScene(model, maxgeom=2000), mujoco.MjvOption(), mujoco.MjvPerturb()
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.scene.flags[flag] = 0
+        self.camera = mujoco.MjvCamera()
+        self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(camera).id
+        data = mujoco.MjData(model)
+        mujoco.mj_forward(model, data)
+        rotation = data.cam_xmat[self.camera.fixedcamid].reshape(3, 3)  # columns: right, up, backward
+        model.cam_pos[self.camera.fixedcamid] += camera_distance * rotation[:, 2]
+        self.upside_down = rotation[2, 1] < 0  # every corner camera of MetaWorld is
+        self.pose = {"position": (data.cam_xpos[self.camera.fixedcamid] + camera_distance * rotation[:, 2]).round(6).tolist()}
+        self.pose |= {"rotation": rotation.round(6).tolist(), "fovy": float(model.cam_fovy[self.camera.fixedcamid])}
+        self.rgb = np.empty((self.side, self.side, 3), np.uint8)
+        self.depth = np.empty((self.side, self.side), np.float32)
+        self.rect = mujoco.MjrRect(0, 0, self.side, self.side)
+        self.close = weakref.finalize(self, release, self.context, self.gl)  # also at the end of the program, before EGL is torn down
+        self.segment_of_body = np.array([self._segment(body) for body in range(model.nbody)], np.uint8)
+
+    def _segment(self, body: int) -> int:
+        root = self.model.body(self.model.body_rootid[body]).name
+        return {"world": 0, "tablelink": 1, "RetainingWall": 1, "base": 2, "mocap": 2}.get(root, 3)
+
+    def _upright(self, picture: np.ndarray) -> np.ndarray:
+        """OpenGL's rows go up; an upside-down camera's rows already go down once more, but its columns are swapped."""
+        return picture[:, ::-1] if self.upside_down else picture[::-1]
+
+    def __call__(self, data: mujoco.MjData, floor_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Renders the scene; returns views of the colour (2S, 2S, 3) uint8 and depth (2S, 2S) float32 buffers, upright."""
+        self.gl.make_current()
+        mujoco.mjv_updateScene(self.model, data, self.option, self.perturb, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene)
+        if floor_only:  # geom 0 is the floor in every task; it is then the scene's only geom
+            self.scene.ngeom = 1
+        mujoco.mjr_render(self.rect, self.scene, self.context)
+        mujoco.mjr_readPixels(self.rgb, self.depth, self.rect, self.context)
+        return self._upright(self.rgb), self._upright(self.depth)
+
+    def segments(self) -> np.ndarray:
+        """Class of each pixel (S, S) uint8, an index of SEGMENTS, of the scene of the last call (one more render pass)."""
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = self.scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 1
+        mujoco.mjr_render(self.rect, self.scene, self.context)
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = self.scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 0
+        mujoco.mjr_readPixels(self.rgb, None, self.rect, self.context)
+        code = self._upright(self.rgb)[::2, ::2].astype(np.uint32) @ np.array([1, 256, 65536], np.uint32)  # segid + 1, 0 where nothing is
+        table = np.zeros(self.scene.ngeom + 1, np.uint8)
+        for geom in self.scene.geoms[: self.scene.ngeom]:
+            if geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                table[geom.segid + 1] = self.segment_of_body[self.model.geom_bodyid[geom.objid]]
+            elif geom.objtype == mujoco.mjtObj.mjOBJ_SITE:  # goal markers are sites; those on the robot are drawn with it
+                segment = self.segment_of_body[self.model.site_bodyid[geom.objid]]
+                table[geom.segid + 1] = segment if segment == 2 else 4
+        return table[code]
+
+
+def release(context: mujoco.MjrContext, gl: object) -> None:
+    context.free()
+    gl.free()
+
+
+class DistractingMetaWorld(gymnasium.Env):
+    """A MetaWorld task seen by a camera, with a video playing behind table, robot and objects (MaskLAM's protocol, paper_facts 3).
+
+    A pixel is background where the camera sees nothing or the floor: where its depth equals the empty room's. Per episode one clip, start
+    frame and direction are drawn; one video frame passes per step, forwards and backwards in turn. Observation: uint8 (size, size, 3),
+    upright. `info`: state float32 (39,), success (at any step so far), clean (the twin frame), mask (bool, True where any background is seen),
+    clip, clip_frame, episode, goal. Outside the mask observation and twin are equal.
+
+    task: a MetaWorld name without "-v3"; videos: generated, davis, none or a path (see `Clips`); split: "train" or "test", which have no clip
+    and no goal in common; camera_distance: metres that the camera is moved backward; max_steps: the episode's limit (500 at most).
+    `reset(options={"episode": e, "goal": g})` picks an episode, and a goal other than the episode's own. Unknown names end the program
+    with one line.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(self, task: str = "drawer-open", videos: str = "generated", split: str = "train", size: int = 64, camera: str = "corner2",
+                 camera_distance: float = 0.0, max_steps: int = 200, seed: int = 0):  # fmt: skip
+        if task not in TASKS:
+            fail(nearest(task, TASKS, "task"))
+        if camera not in CAMERAS:
+            fail(nearest(camera, CAMERAS, "camera"))
+        if split not in ("train", "test"):
+            fail(f"split is 'train' or 'test', not {split!r}")
+        if not 1 <= max_steps <= 500:
+            fail(f"max_steps must lie in 1..500 (MetaWorld's own limit), not {max_steps}")
+        self.task, self.split, self.size, self.max_steps, self.seed = task, split, size, max_steps, seed
+        self.clips = None if videos == "none" else Clips(videos, split, size)
+        self.inner = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+        self.inner._freeze_rand_vec, self.inner.seeded_rand_vec, self.inner._set_task_called = False, True, True
+        self.inner._partially_observable = False
+        del self.inner.sawyer_observation_space  # cached for the other observability
+        self.renderer = Renderer(self.inner.model, size, camera, camera_distance)
+        self.observation_space = gymnasium.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
+        self.render_mode = "rgb_array"
+        self.episode = -1
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        if seed is not None:
+            self.seed, self.episode = seed, -1
+        options = options or {}
+        self.episode = int(options.get("episode", self.episode + 1))
+        self.goal = int(options.get("goal", self.episode))
+        self.rng = episode_rng(self.seed, self.task, self.episode, self.split)
+        goal_rng = episode_rng(self.seed, f"goal/{self.task}", self.goal, self.split)
+        self.inner.seed(int(goal_rng.integers(2**31)))  # MetaWorld draws the goal from its own distribution, redrawing the invalid ones
+        state, _ = self.inner.reset()
+        if self.clips is not None:
+            self.clip = int(self.rng.integers(len(self.clips)))
+            self.start, self.direction = int(self.rng.integers(len(self.clips[self.clip]))), int(self.rng.choice([-1, 1]))
+        self.steps, self.success = 0, False
+        mujoco.mj_forward(self.inner.model, self.inner.data)
+        self.empty_depth = self.renderer(self.inner.data, floor_only=True)[1].copy()
+        return self._observe(state)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        state, reward, _, _, info = self.inner.step(np.clip(np.asarray(action, np.float32), -1, 1))
+        self.steps += 1
+        self.success |= bool(info["success"])
+        frame, info = self._observe(state)
+        return frame, float(reward), False, self.steps >= self.max_steps, info
+
+    def _observe(self, state: np.ndarray) -> tuple[np.ndarray, dict]:
+        rgb, depth = self.renderer(self.inner.data)
+        background = depth == self.empty_depth  # (2S, 2S)
+        size = self.size
+        blocks = rgb.reshape(size, 2, size, 2, 3)
+        total = blocks.astype(np.uint16).sum((1, 3))
+        share = background.reshape(size, 2, size, 2).sum((1, 3))  # (S, S) in 0..4
+        clean = ((total + 2) // 4).astype(np.uint8)
+        info = {"state": state.astype(np.float32), "success": self.success, "clean": clean, "mask": share > 0}
+        info |= {"clip": -1, "clip_frame": -1, "episode": self.episode, "goal": self.goal}
+        if self.clips is None:
+            return self.remember(clean.copy()), info
+        video = self.clips[self.clip]
+        index = background_index(self.start, self.direction, self.steps, len(video))
+        kept = np.where(background.reshape(size, 2, size, 2)[..., None], 0, blocks).astype(np.uint16).sum((1, 3))
+        frame = ((kept + video[index].astype(np.uint16) * share[..., None] + 2) // 4).astype(np.uint8)
+        return self.remember(frame), info | {"clip": self.clip, "clip_frame": index}
+
+    def remember(self, frame: np.ndarray) -> np.ndarray:
+        self.frame = frame
+        return frame
+
+    def segments(self) -> np.ndarray:
+        """Classes (size, size) uint8 of the last frame's pixels, see SEGMENTS; costs another render pass."""
+        return self.renderer.segments()
+
+    def render(self) -> np.ndarray:
+        return self.frame
+
+    def close(self) -> None:
+        self.renderer.close()
+
+
+# ------------------------------------------------------------------------------------------------ background videos
+
+VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".gif")
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png")
+MAX_CLIP_FRAMES = 1000  # a longer video is cut here
+CACHE_BYTES = 256 * 2**20  # decoded clips that one Clips keeps in memory
+DAVIS_URL = "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip"
+DAVIS_LISTS = {"train": "ImageSets/2017/train.txt", "test": "ImageSets/2017/val.txt"}  # official split: 60 and 30 clips
+GENERATED_CLIPS = {"train": 60, "test": 30}  # as many as DAVIS-2017
+GENERATED_FRAMES = 90
+GENERATED_SEED = 20_170_480  # not --seed: the generated clips are a fixed data set, as DAVIS is
+
+
+def background_index(start: int, direction: int, step: int, length: int) -> int:
+    """Frame shown at environment step `step`: one frame a step from `start`, reflected at both ends (ping-pong)."""
+    if length == 1:
+        return 0
+    period = 2 * (length - 1)
+    phase = (start + direction * step) % period
+    return min(phase, period - phase)
+
+
+# Generated clips: a textured scene, a moving camera, and 3 to 6 people and objects that walk, roll and fly through the view.
+# No draw from `rng` depends on the size in pixels, so a clip looks the same at every size.
+
+
+def random_colour(rng: np.random.Generator, hue: float) -> tuple[int, ...]:
+    """RGB in 0..255 near `hue` (in turns)."""
+    rgb = colorsys.hsv_to_rgb((hue + rng.normal(0, 0.06)) % 1, rng.uniform(0.05, 0.75), rng.uniform(0.2, 1.0))
+    return tuple(int(255 * channel) for channel in rgb)
+
+
+def smooth_noise(rng: np.random.Generator, n: int, cells: tuple[int, ...] = (3, 6, 12, 24, 48)) -> np.ndarray:
+    """Multi-octave noise, float (n, n) in [0, 1]; `cells` across in each octave."""
+    octaves = (Image.fromarray(rng.random((c, c), dtype=np.float32)).resize((n, n), Image.Resampling.BICUBIC) for c in cells)
+    total = sum(0.6**k * np.asarray(octave) for k, octave in enumerate(octaves))
+    return (total - total.min()) / (total.max() - total.min())
+
+
+def texture(rng: np.random.Generator, n: int) -> Image.Image:
+    """(n, n) picture of one of seven materials in a random palette, worn by noise."""
+    noise, grain = smooth_noise(rng, n), smooth_noise(rng, n, (12, 30, 60))
+    angle, f, warp = rng.uniform(0, np.pi), rng.uniform(3, 11), rng.uniform(0, 2)
+    y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n
+    u = f * (x * np.cos(angle) + y * np.sin(angle)) + warp * noise
+    v = f * (y * np.cos(angle) - x * np.sin(angle)) + warp * noise
+    row, brick = 2 * f * y, f * x + 0.5 * (np.floor(2 * f * y) % 2)
+    materials = (
+        lambda: noise,  # clouds, grass, plaster
+        lambda: np.abs(4 * noise % 2 - 1),  # marble
+        lambda: 0.5 + 0.5 * np.sin(2 * np.pi * u),  # stripes, curtains
+        lambda: (np.floor(u) + np.floor(v)) % 2,  # checker
+        lambda: np.where((row % 1 < 0.15) | (brick % 1 < 0.08), 0, 0.5 + 0.5 * np.sin(13 * np.floor(brick) + 78 * np.floor(row))),
+        lambda: np.clip(5 * (0.55 - 1.3 * np.hypot(u % 1 - 0.5, v % 1 - 0.5)), 0, 1),  # dots, leaves
+        lambda: (y + 0.3 * noise) / 1.3,  # sky, wall under a lamp
+    )
+    field = materials[rng.integers(len(materials))]()
+    hue, other = rng.random(2)
+    palette = np.array([random_colour(rng, h) for h in (hue, other if rng.random() < 0.3 else hue, hue)])
+    palette = palette.mean(axis=0) + rng.uniform(0.3, 0.9) * (palette - palette.mean(axis=0))  # bold and faint patterns
+    rgb = np.stack([np.interp(field, (0, 0.5, 1), palette[:, c]) for c in range(3)], axis=-1) * (0.7 + 0.6 * grain[..., None])
+    return Image.fromarray(rgb.clip(0, 255).astype(np.uint8))
+
+
+def textured_shape(rng: np.random.Generator, n: int, kind: str) -> tuple[Image.Image, Image.Image]:
+    """A ball, box, car, polygon or star as an (n, n) picture and its (n, n) mask."""
+    mask = Image.new("L", (n, n))
+    draw, points, turn, (a, b) = ImageDraw.Draw(mask), int(rng.integers(3, 8)), rng.uniform(0, 2 * np.pi), n * rng.uniform(0.02, 0.25, 2)
+    y, x = np.mgrid[0:n, 0:n] / n - 0.5
+    shade = 1.15 - 1.1 * np.hypot(x + 0.12, y + 0.15) ** 2 if kind == "ball" else 1.1 - 0.3 * (y + 0.5)  # lit from above
+    skin = Image.fromarray((np.asarray(texture(rng, n)) * shade[..., None]).clip(0, 255).astype(np.uint8))
+    if kind == "ball":
+        draw.ellipse((1, 1, n - 2, n - 2), fill=255)
+    elif kind == "box":
+        draw.rounded_rectangle((a, b, n - a, n - b), n * 0.06, fill=255)
+    elif kind == "car":
+        draw.rounded_rectangle((0.02 * n, 0.45 * n, 0.98 * n, 0.72 * n), 0.1 * n, fill=255)
+        draw.polygon([(0.16 * n, 0.5 * n), (0.3 * n, 0.25 * n), (0.66 * n, 0.25 * n), (0.84 * n, 0.5 * n)], fill=255)
+        paint = ImageDraw.Draw(skin)
+        paint.polygon([(0.25 * n, 0.47 * n), (0.34 * n, 0.3 * n), (0.62 * n, 0.3 * n), (0.73 * n, 0.47 * n)], (190, 215, 230))
+        for wheel in ((0.23 * n, 0.72 * n), (0.77 * n, 0.72 * n)):
+            draw.circle(wheel, 0.12 * n, fill=255)
+            paint.circle(wheel, 0.12 * n, fill=(25, 25, 28))
+            paint.circle(wheel, 0.06 * n, fill=(170, 170, 175))
+    else:  # polygon, or star: every other corner further in
+        radii = 0.48 * n * np.array([1, 0.5] * points if kind == "star" else [1] * points)
+        corners = radii * np.exp(1j * (turn + 2 * np.pi * np.arange(len(radii)) / len(radii)))
+        draw.polygon([(n / 2 + c.real, n / 2 + c.imag) for c in corners], fill=255)
+    return skin, mask
+
+
+def make_scene(rng: np.random.Generator, n: int) -> Image.Image:
+    """The still part of a clip, (n, n): a wall or sky, mostly a floor, and things that stand and hang there."""
+    scene, horizon = texture(rng, n), rng.uniform(0.45, 1.0)
+    if horizon < 0.9:
+        scene.paste(texture(rng, n), (0, int(horizon * n)))
+    for _ in range(rng.integers(5, 11)):
+        skin, mask = textured_shape(rng, int(n * rng.uniform(0.1, 0.35)), str(rng.choice(("box", "box", "box", "ball", "polygon"))))
+        scene.paste(skin, tuple((rng.uniform(-0.1, 0.95, 2) * n).astype(int)), mask)
+    return scene
+
+
+def make_person(rng: np.random.Generator, height: float, facing: int) -> Callable[[Image.Image, float, float, float], None]:
+    """Returns draw(frame, x, y, angle): a person of `height` pixels, middle at (x, y), at phase `angle` of the stride.
+
+    facing: 1 walks to the right, -1 to the left.
+    """
+    skin = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(0.07, rng.uniform(0.25, 0.6), rng.uniform(0.3, 1)))
+    hair, shirt, stripe, trousers, shoes = (random_colour(rng, hue) for hue in rng.random(5))
+    swing, width = rng.uniform(0.4, 0.8), 0.09 * height * rng.uniform(0.8, 1.2)
+
+    def draw(frame: Image.Image, x: float, y: float, angle: float) -> None:
+        canvas = ImageDraw.Draw(frame)
+
+        def limb(y0: float, upper: float, lower: float, length: float, colour: tuple, end: tuple) -> None:
+            """Two segments from (x, y0), at the angles `upper` and `lower` from straight down, with a hand or a shoe."""
+            x1, y1 = x + facing * length * np.sin(upper), y0 + length * np.cos(upper)
+            x2, y2 = x1 + facing * length * np.sin(lower), y1 + length * np.cos(lower)
+            canvas.line([(x, y0), (x1, y1), (x2, y2)], colour, max(1, round(width)), joint="curve")
+            canvas.circle((x, y0), width / 2, colour)
+            canvas.circle((x2, y2), 0.6 * width, end)
+
+        y += 0.015 * height * np.cos(2 * angle)  # the body bobs twice a stride
+        hip, shoulder, s = y + 0.03 * height, y - 0.27 * height, swing * np.sin(angle)
+        bend = 0.5 + 0.5 * np.cos(angle)  # the knee of the leg on its way forward is bent
+        limb(shoulder, -s, -s + 0.5, 0.17 * height, stripe, skin)
+        limb(hip, -s, -s - (1 - bend), 0.23 * height, trousers, shoes)
+        limb(hip, s, s - bend, 0.23 * height, trousers, shoes)
+        canvas.rounded_rectangle((x - width, shoulder - width / 2, x + width, hip + width / 2), width * 0.8, shirt)
+        for k in (0.25, 0.55):
+            canvas.rectangle((x - width, shoulder + k * (hip - shoulder), x + width, shoulder + (k + 0.13) * (hip - shoulder)), stripe)
+        limb(shoulder, s, s + 0.5, 0.17 * height, shirt, skin)
+        canvas.circle((x - 0.02 * facing * height, shoulder - 0.15 * height), 0.085 * height, hair)
+        canvas.circle((x + 0.015 * facing * height, shoulder - 0.115 * height), 0.07 * height, skin)
+
+    return draw
+
+
+def make_object(rng: np.random.Generator, n: int) -> Callable[[Image.Image, float, float, float], None]:
+    """Returns draw(frame, x, y, angle): a textured shape, n pixels wide, middle at (x, y), rolled by `angle` (boxes and cars only rock)."""
+    kind = str(rng.choice(("ball", "ball", "box", "car", "polygon", "star")))
+    pictures, m = textured_shape(rng, n, kind), int(1.5 * n)  # m: room for the corners of a turned square
+
+    def draw(frame: Image.Image, x: float, y: float, angle: float) -> None:
+        turn = {"car": 0.04 * np.sin(5 * angle), "box": 0.4 * np.sin(angle)}.get(kind, angle)
+        left, top = int(np.floor(x - m / 2)), int(np.floor(y - m / 2))
+        c, s, dx, dy = np.cos(turn), np.sin(turn), left - x, top - y  # the fraction of a pixel is kept: slow things glide
+        affine = (c, s, c * dx + s * dy + n / 2, -s, c, -s * dx + c * dy + n / 2)
+        skin, mask = (picture.transform((m, m), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR) for picture in pictures)
+        frame.paste(skin, (left, top), mask)
+
+    return draw
+
+
+def generated_clip(split: str, index: int, size: int) -> np.ndarray:
+    """Clip `index` of the split, uint8 (GENERATED_FRAMES, size, size, 3), the same in every process. Lengths are in views of the camera."""
+    rng = np.random.default_rng([GENERATED_SEED, int(split == "test"), index])
+    view, t = 2 * size, np.arange(GENERATED_FRAMES)[:, None] / GENERATED_FRAMES
+
+    def waves(amplitude: float, low: float, high: float, count: int = 1) -> np.ndarray:
+        """Smooth curves (T, count) of low..high cycles a clip."""
+        return amplitude * np.sin(2 * np.pi * (t * rng.uniform(low, high, count) + rng.random(count)))
+
+    scene = make_scene(rng, int(2.4 * view))  # all is drawn at twice the size, and averaged down at the end
+    camera = waves(0.45, 0.15, 0.45, 2) + waves(0.004, 4, 8, 2)  # pan and tilt, and the tremor of a hand
+    zoom, roll = 1 + waves(0.1, 0.3, 0.8), waves(0.05, 0.3, 0.8)
+    cos, sin, (mx, my) = zoom * np.cos(roll), zoom * np.sin(roll), (scene.width / 2 + camera * view).T[..., None]
+    affines = np.hstack([cos, -sin, mx - (cos - sin) * view / 2, sin, cos, my - (sin + cos) * view / 2])
+    things = []
+    for scale in np.sort(rng.uniform(0.25, 0.75, rng.integers(3, 7))):  # near things are large, drawn last, and pass the camera faster
+        person, heading = rng.random() < 0.5, int(rng.choice((-1, 1)))
+        extent = 1.6 * scale if person else scale
+        draw = make_person(rng, extent * view, heading) if person else make_object(rng, int(extent * view))
+        x = 3 * rng.random() + heading * rng.uniform(0.5, 1.2) * t + waves(0.05, 0.5, 1.5) - camera[:, :1] * (0.3 + scale)
+        y = rng.uniform(0.1, 0.9) + waves(0.04 if person else 0.25, 0.4, 1.2) - camera[:, 1:] * 0.4
+        margin = 0.72 * extent  # leaves on one side and comes back on the other, both out of sight
+        angle = heading * 2 * np.pi * (rng.random() + rng.uniform(1, 2.5) * t)
+        things.append((draw, np.hstack([((x + margin) % (1 + 2 * margin) - margin) * view, y * view, angle])))
+    (kx, ky), speed, depth = rng.uniform(-5, 5, 2), rng.uniform(2, 9), rng.uniform(0.05, 0.25)  # a slow wave of light and shadow
+    yy, xx = np.mgrid[0:size, 0:size] / size
+    frames = np.empty((GENERATED_FRAMES, size, size, 3), np.uint8)
+    for k in range(GENERATED_FRAMES):
+        frame = scene.transform((view, view), Image.Transform.AFFINE, tuple(affines[k]), Image.Resampling.BILINEAR)
+        for draw, path in things:
+            draw(frame, *path[k])
+        light = 1 + depth * np.sin(kx * xx + ky * yy + speed * t[k])
+        frames[k] = (np.asarray(frame.reduce(2)) * light[..., None]).clip(0, 255)
+    return frames
+
+
+# Clips from disk: DAVIS-2017, or a folder of videos and of frame folders.
+
+
+def davis_archive() -> Path:
+    """The official DAVIS-2017 archive in the cache folder, downloaded if not there; a download that was cut goes on where it stopped."""
+    final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lam_vlm" / DAVIS_URL.rsplit("/", 1)[1]
+    part = final.with_name(final.name + ".part")
+    if final.exists():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # a second process waits for the first one's download
+            if final.exists():
+                return final
+            have = file.seek(0, os.SEEK_END)
+            try:
+                request = urllib.request.Request(DAVIS_URL, headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=30) as reply:
+                    if reply.status != 206:  # the server starts from the beginning
+                        have = file.truncate(0)
+                        file.seek(0)
+                    total = have + int(reply.headers.get("Content-Length") or 0)
+                    with tqdm(desc="DAVIS-2017", initial=have, total=total or None, unit="B", unit_scale=True) as bar:
+                        while chunk := reply.read(2**20):
+                            bar.update(file.write(chunk))
+                if file.tell() < total:
+                    raise OSError(f"the connection ended at {file.tell()} of {total} bytes")
+            except urllib.error.HTTPError as error:
+                if error.code != 416:  # 416: nothing is missing after the bytes that are here
+                    raise
+            file.flush()
+            try:
+                whole = zipfile.ZipFile(part).testzip() is None
+            except Exception:  # zipfile and zlib raise their own errors on damaged data
+                whole = False
+            if not whole:
+                part.unlink()
+                raise OSError("what came is not a whole zip archive and was deleted")
+            os.replace(part, final)
+    except (OSError, http.client.HTTPException) as error:
+        hint = "run again, or give a local archive or folder with --videos PATH"
+        raise SystemExit(f"collect.py: cannot download {DAVIS_URL} ({error}); {hint}") from None
+    return final
+
+
+def list_clips(root: Path, split: str) -> dict[str, list[str]]:
+    """Clips of a split in a folder or DAVIS archive: {name: its pictures in order, relative to root; none where the clip is a video}."""
+    if root.is_file() and not zipfile.is_zipfile(root):
+        raise SystemExit(f"collect.py: --videos {root} is neither a folder of clips nor a DAVIS archive (.zip)")
+    with zipfile.ZipFile(root) if root.is_file() else contextlib.nullcontext() as archive:
+        files = archive.namelist() if archive else glob.glob("**/*", root_dir=root, recursive=True)  # glob leaves out hidden files
+        lists = [file for file in files if file.endswith(DAVIS_LISTS[split])]
+        official = (archive.read(lists[0]) if archive else (root / lists[0]).read_bytes()).decode().split() if lists else []
+    clips: dict[str, list[str]] = {file: [] for file in files if file.lower().endswith(VIDEO_ENDINGS)}
+    files.sort(key=lambda file: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", file)])  # frame 2 before 10
+    for file in files:
+        if file.lower().endswith(PICTURE_ENDINGS) and "/" in file:
+            clips.setdefault(os.path.dirname(file), []).append(file)
+    davis = {os.path.basename(folder): clips[folder] for folder in clips if os.path.dirname(folder).endswith("JPEGImages/480p")}
+    if davis:
+        if not official:
+            raise SystemExit(f"collect.py: {root} has the frames of DAVIS but no {DAVIS_LISTS[split]}, which names the {split} clips")
+        if missing := set(official) - set(davis):
+            raise SystemExit(f"collect.py: {root} has no frames of the DAVIS clip {min(missing)!r}, named in {DAVIS_LISTS[split]}")
+        return {name: davis[name] for name in official}
+    if root.is_file():
+        raise SystemExit(f"collect.py: the archive {root} has no folder JPEGImages/480p: it is not DAVIS-2017 at 480p")
+    if len(clips) < 2:
+        raise SystemExit(
+            f"collect.py: {len(clips) or 'no'} clip in {root}, at least 2 are needed (test clips are never training clips): "
+            f"video files ({' '.join(VIDEO_ENDINGS)}) or one sub-folder of frames ({' '.join(PICTURE_ENDINGS)}) for each clip"
+        )
+    names = sorted(clips)
+    cut = round(len(names) * 2 / 3)  # leaves at least one on either side
+    return {name: clips[name] for name in (names[:cut] if split == "train" else names[cut:])}
+
+
+def to_square(image: Image.Image, size: int) -> np.ndarray:
+    """Centre crop, antialiased resize: uint8 (size, size, 3)."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0))
+
+
+def read_frames(root: Path, name: str, pictures: list[str], size: int) -> Iterator[np.ndarray]:
+    """Frames of a clip one after the other, uint8 (size, size, 3): a video is never held at its full size."""
+    file = name
+    try:
+        if pictures:
+            # The archive is opened anew for each clip: forked processes that share a handle also share its position.
+            with zipfile.ZipFile(root) if root.is_file() else contextlib.nullcontext() as archive:
+                for file in pictures:
+                    with archive.open(file) if archive else open(root / file, "rb") as stream, Image.open(stream) as image:
+                        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded no larger than needed
+                        yield to_square(ImageOps.exif_transpose(image), size)
+        elif name.lower().endswith(".gif"):
+            with Image.open(root / name) as image:
+                yield from (to_square(frame, size) for frame in ImageSequence.Iterator(image))
+        else:
+            yield from (to_square(Image.fromarray(frame), size) for frame in iio.imiter(root / name, plugin="pyav"))
+    except Exception as error:  # decoders raise errors of every kind on damaged data
+        raise SystemExit(f"collect.py: cannot decode {root / file} ({error}); delete or replace it and run again") from None
+
+
+class Clips:
+    """Background clips of a split ("train", "test"): clips[i] is uint8 (T, size, size, 3), read-only, made or decoded when first asked for.
+
+    videos: "generated", "davis", or the path of a folder of clips or of a DAVIS archive. Raises SystemExit with one line on bad input.
+    """
+
+    def __init__(self, videos: str, split: str, size: int):
+        self.split, self.size = split, size
+        self.cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
+        if videos == "generated":
+            self.root, self.pictures = None, {f"{split}-{i:02d}": [] for i in range(GENERATED_CLIPS[split])}
+        else:
+            self.root = davis_archive() if videos == "davis" else Path(videos).expanduser()
+            if not self.root.exists():
+                near = difflib.get_close_matches(videos.lower(), ("generated", "davis", "none"), 1)
+                hint = f"; did you mean {near[0]!r}?" if near and "/" not in videos else ""
+                raise SystemExit(f"collect.py: --videos {videos!r} is neither generated, davis or none nor an existing path{hint}")
+            self.pictures = list_clips(self.root, split)
+        self.names = list(self.pictures)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        name = self.names[index]
+        if name not in self.cache:
+            if self.root is None:
+                frames = generated_clip(self.split, self.names.index(name), self.size)
+            else:
+                stream = read_frames(self.root, name, self.pictures[name], self.size)
+                frames = list(itertools.islice(stream, MAX_CLIP_FRAMES))
+                if not frames:
+                    raise SystemExit(f"collect.py: the video {self.root / name} has no frames; delete or replace it and run again")
+                frames = np.stack(frames)
+            frames.flags.writeable = False
+            self.cache[name] = frames
+            while len(self.cache) > 1 and sum(clip.nbytes for clip in self.cache.values()) > CACHE_BYTES:
+                self.cache.popitem(last=False)
+        self.cache.move_to_end(name)
+        return self.cache[name]
+
+
+# ------------------------------------------------------------------------------------------------ trajectories
+
+ARRAYS = ("frames", "clean", "segments", "actions", "states", "rewards", "success", "episode", "step", "video")
+MAX_ATTEMPTS = 20  # an expert that fails this often in a row is a fault, not bad luck
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Writes a file whole or not at all: temporary file beside it, fsync, rename."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_folder(folder: Path) -> int:
+    """Locks an output folder until this process ends, however it ends; a second process gets one line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"another process is writing {folder}; wait for it, or choose another --out")
+    return handle
+
+
+def expert_episode(env: DistractingMetaWorld, slot: int, noise: float, after_success: int) -> tuple[dict[str, np.ndarray], int]:
+    """Rolls the scripted expert out until `after_success` steps after the first success. Actions stored are the actions executed.
+
+    A failed episode is dropped and the slot tried again with other chances. Returns the arrays, (N, ...) each, and the number dropped.
+    The last row's action and reward are zero: nothing was done after it.
+    """
+    from metaworld.policies import ENV_POLICY_MAP
+
+    expert = ENV_POLICY_MAP[f"{env.task}-v3"]()
+    for attempt in range(MAX_ATTEMPTS):
+        frame, info = env.reset(options={"episode": slot + attempt * 1_000_000})
+        rows, left, truncated = {name: [] for name in ARRAYS}, after_success, False
+        while True:
+            done = truncated or left <= 0
+            action, reward = np.zeros(4, np.float32), 0.0
+            row = {"frames": frame, "clean": info["clean"], "segments": env.segments(), "states": info["state"], "step": env.steps}
+            row |= {"success": info["success"], "episode": slot, "video": (info["clip"], info["clip_frame"])}
+            if not done:
+                action = expert.get_action(info["state"].astype(np.float64)).astype(np.float32)
+                action = np.clip(np.clip(action, -1, 1) + noise * env.rng.standard_normal(4, np.float32), -1, 1).astype(np.float32)
+                frame, reward, _, truncated, info = env.step(action)
+                left -= info["success"]
+            for name, value in (row | {"actions": action, "rewards": reward}).items():
+                rows[name].append(value)
+            if done:
+                break
+        if info["success"]:
+            kinds = {"rewards": np.float32, "success": np.bool_, "episode": np.int32, "step": np.int16, "video": np.int32}
+            return {name: np.asarray(values, kinds.get(name)) for name, values in rows.items()}, attempt
+    fail(
+        f"the expert of {env.task} failed {MAX_ATTEMPTS} times in a row on episode {slot}: less --noise, or more --max-steps than {env.max_steps}"
+    )
+
+
+def collect_shard(folder: Path, env_args: dict, noise: float, after_success: int, slots: range) -> dict:
+    """Collects the episodes `slots` of one task into `folder`, which appears whole or not at all. Returns the shard's facts."""
+    env = cached_env(json.dumps(env_args))
+    episodes, attempts = zip(*(expert_episode(env, slot, noise, after_success) for slot in slots))
+    temporary = folder.with_name(f".tmp_{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name in ARRAYS:
+        with open(temporary / f"{name}.npy", "wb") as file:
+            np.save(file, np.concatenate([episode[name] for episode in episodes]), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+    mask = np.concatenate([episode["segments"] for episode in episodes]) == 0
+    facts = {"shard": f"{folder.parent.name}/{folder.name}", "episodes": len(episodes), "frames": len(mask), "attempts": attempts}
+    facts |= {"background": float(mask.mean()), "sha256": {name: sha256(temporary / f"{name}.npy") for name in ARRAYS}}
+    write_json(temporary / "shard.json", facts)
+    os.rename(temporary, folder)
+    return facts
+
+
+ENVS: dict[str, DistractingMetaWorld] = {}  # one environment per task and process: building one costs more than resetting it
+
+
+def cached_env(key: str) -> DistractingMetaWorld:
+    if key not in ENVS:
+        ENVS[key] = DistractingMetaWorld(**json.loads(key))
+    return ENVS[key]
+
+
+def die_with_parent() -> None:
+    """Run by every worker: a worker must not go on writing after a kill -9 of its parent."""
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (multiprocessing.connection.wait([sentinel]), os._exit(1)), daemon=True).start()
+
+
+def parallel(workers: int, jobs: list[tuple]) -> Iterator:
+    """Yields function(*arguments) of each (function, *arguments) in jobs as they are done, by `workers` processes (1: by this one)."""
+    if workers == 1:
+        yield from (job[0](*job[1:]) for job in jobs)
+        return
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # software rendering: one thread a process, or they fight
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=die_with_parent) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        try:
+            yield from (future.result() for future in concurrent.futures.as_completed(futures))
+        except concurrent.futures.process.BrokenProcessPool:
+            fail("a worker died (out of memory?); the finished shards are kept: run the command again, with fewer --workers")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def collect(args: Args, out: Path) -> dict:
+    """Makes every missing shard and meta.json, which lists them with counts and checksums. Returns meta."""
+    env_args = {"videos": args.videos, "size": args.size, "camera": args.camera, "camera_distance": args.camera_distance}
+    env_args |= {"max_steps": args.max_steps}
+    identity = {"env": env_args, "seed": args.seed, "noise": args.noise, "after_success": args.after_success}
+    identity |= {"tasks": list(args.tasks), "episodes_per_task": args.episodes_per_task, "shard_episodes": args.shard_episodes}
+    identity["clips"] = {split: Clips(args.videos, split, args.size).names if args.videos != "none" else [] for split in ("train", "test")}
+    path = out / "meta.json"
+    if path.exists():
+        meta = read_meta(out)
+        changed = [f"{key}: {meta.get(key)} there, {value} here" for key, value in identity.items() if meta.get(key) != value]
+        if changed:
+            fail(f"{out} was collected with other arguments ({'; '.join(changed)}); choose another --out")
+    else:
+        meta = identity | {"versions": versions()}
+        meta["segments"] = list(SEGMENTS)
+        env = cached_env(json.dumps({"task": args.tasks[0], "seed": args.seed, **env_args}))  # fails early, before workers start
+        meta["camera_pose"] = env.renderer.pose
+        write_json(path, meta)
+    jobs, facts = [], []
+    for task in args.tasks:
+        for leftover in (out / task).glob(".tmp_*"):  # of a killed run; this process holds the lock
+            shutil.rmtree(leftover)
+        for first in range(0, args.episodes_per_task, args.shard_episodes):
+            folder = out / task / f"shard_{first // args.shard_episodes:05d}"
+            slots = range(first, min(first + args.shard_episodes, args.episodes_per_task))
+            if folder.exists():
+                facts.append(check_shard(folder))
+            else:
+                jobs.append((collect_shard, folder, {"task": task, "seed": args.seed, **env_args}, args.noise, args.after_success, slots))
+    workers = min(args.workers or os.cpu_count() or 1, max(1, len(jobs)))
+    total, start = args.episodes_per_task * len(args.tasks), time.time()
+    new_frames = 0
+    with tqdm(total=total, initial=sum(f["episodes"] for f in facts), desc="collect", unit="episode", smoothing=0.1) as bar:
+        for fact in parallel(workers, jobs):
+            facts.append(fact)
+            new_frames += fact["frames"]
+            bar.set_postfix_str(f"{new_frames / (time.time() - start):.0f} frames/s")
+            bar.update(fact["episodes"])
+    meta["shards"] = sorted(facts, key=lambda fact: fact["shard"])
+    write_json(path, meta)
+    frames, dropped = sum(f["frames"] for f in facts), sum(sum(f["attempts"]) for f in facts)
+    size = sum(file.stat().st_size for file in out.rglob("*.npy"))
+    background = sum(f["background"] * f["frames"] for f in facts) / frames
+    speed = f"{new_frames / (time.time() - start):.0f} frames/s" if jobs else "nothing left to do"
+    print(f"{out}: {total} episodes, {frames} frames, expert success {total / (total + dropped):.1%}, background {background:.0%} of the area, "
+          f"{size / 2**20:.0f} MiB, {speed}")  # fmt: skip
+    return meta
+
+
+def read_meta(out: Path) -> dict:
+    try:
+        return json.loads((out / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{out / 'meta.json'} does not read ({error}); delete the folder, or choose another --out")
+
+
+def check_shard(folder: Path) -> dict:
+    """Facts of a finished shard; one that was damaged since is named and refused."""
+    try:
+        facts = json.loads((folder / "shard.json").read_text())
+        damaged = [name for name in ARRAYS if sha256(folder / f"{name}.npy") != facts["sha256"][name]]
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"shard {folder} does not read ({error}); delete that folder and run the same command again")
+    if damaged:
+        fail(f"shard {folder}: {damaged[0]}.npy is damaged (checksum); delete that folder and run the same command again")
+    return facts
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("metaworld", "mujoco", "numpy", "pillow")} | {"python": sys.version.split()[0]}
+
+
+def preview(args: Args, out: Path) -> None:
+    """preview.png: a row a task; the distracted frame and its twin at three moments of the first episode, rendered larger."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(args.tasks), 6, figsize=(9, 1.6 * len(args.tasks) + 0.3), squeeze=False, layout="constrained")
+    for row, task in zip(axes, args.tasks):
+        shard = out / task / "shard_00000"
+        episode = json.loads((shard / "shard.json").read_text())["attempts"][0] * 1_000_000
+        last = int((np.load(shard / "episode.npy", allow_pickle=False) == 0).sum()) - 1
+        actions = np.load(shard / "actions.npy", allow_pickle=False)
+        env = DistractingMetaWorld(task, args.videos, "train", 192, args.camera, args.camera_distance, args.max_steps, args.seed)
+        frame, info = env.reset(options={"episode": episode})
+        moments = {last // 6: 0, last // 2: 2, last: 4}
+        for step in range(last + 1):
+            if step in moments:
+                for axis, picture, title in zip(row[moments[step] :], (frame, info["clean"]), ("distracted", "clean twin")):
+                    axis.imshow(picture)
+                    axis.set_title(f"{title}, step {step}", fontsize=7)
+            if step < last:
+                frame, _, _, _, info = env.step(actions[step])
+        env.close()
+        for axis in row:
+            axis.set_xticks([]), axis.set_yticks([])
+        row[0].set_ylabel(task, fontsize=8)
+    temporary = out / ".tmp_preview.png"
+    figure.savefig(temporary, dpi=150, metadata={"Software": None})
+    os.replace(temporary, out / "preview.png")
+    plt.close(figure)
+
+
+# ================================================================================================ part 2: encoders and their cache
+
+PROMPTS = {  # presets of --prompt; {object} is filled per task. The first is the paper's best
+    "best": "Do not describe background features. Focus on the robot arm and the {object}.",
+    "positive": "Focus on the robot arm and the {object}.",
+    "arm": "Focus on the robot arm.",
+    "object": "Focus on the {object}.",
+    "blind": "Describe the image.",
+}
+# fmt: off
+OBJECTS = {
+    "assembly": "nut and peg", "basketball": "ball and hoop", "bin-picking": "cube and bin", "box-close": "box and lid",
+    "button-press": "button", "button-press-topdown": "button", "button-press-topdown-wall": "button", "button-press-wall": "button",
+    "coffee-button": "coffee machine", "coffee-pull": "mug", "coffee-push": "mug", "dial-turn": "dial", "disassemble": "nut and peg",
+    "door-close": "door", "door-lock": "door lock", "door-open": "door", "door-unlock": "door lock", "drawer-close": "drawer",
+    "drawer-open": "drawer", "faucet-close": "faucet", "faucet-open": "faucet", "hammer": "hammer and nail", "hand-insert": "block and hole",
+    "handle-press": "handle", "handle-press-side": "handle", "handle-pull": "handle", "handle-pull-side": "handle", "lever-pull": "lever",
+    "peg-insert-side": "peg and box", "peg-unplug-side": "plug", "pick-out-of-hole": "puck", "pick-place": "puck", "pick-place-wall": "puck",
+    "plate-slide": "plate", "plate-slide-back": "plate", "plate-slide-back-side": "plate", "plate-slide-side": "plate", "push": "puck",
+    "push-back": "block", "push-wall": "puck", "reach": "puck", "reach-wall": "puck", "shelf-place": "block and shelf", "soccer": "ball and goal",
+    "stick-pull": "stick and mug", "stick-push": "stick and mug", "sweep": "block", "sweep-into": "block", "window-close": "window",
+    "window-open": "window",
+}
+# fmt: on
+
+
+def prompt_text(prompt: str, task: str) -> str:
+    """The text that an encoder is given: a preset's or the user's own, with {object} filled in."""
+    return PROMPTS.get(prompt, prompt).replace("{object}", OBJECTS[task])
+
+
+def named_segments(text: str, task: str) -> list[int]:
+    """The oracle's understanding of a prompt: indices of the SEGMENTS to keep.
+
+    Sentences with a negation take away what they name, the others ask for it. A prompt that asks for nothing known keeps everything.
+    """
+    words_of = {"table": {"table"}, "robot": {"robot", "arm", "gripper", "hand", "sawyer"}, "goal": {"goal", "target"}}
+    words_of["object"] = {"object", *OBJECTS[task].split()} - {"and"}
+    asked, refused = set(), set()
+    for sentence in text.lower().replace("'", "").split("."):
+        words = set(sentence.replace(",", " ").split())
+        negated = words & {"not", "dont", "ignore", "without", "except", "no"}
+        named = {segment for segment, names in words_of.items() if words & names}
+        (refused if negated else asked).update(named | ({"goal"} if "object" in named else set()))
+    kept = (asked or set(SEGMENTS)) - refused
+    return [SEGMENTS.index(segment) for segment in kept]
+
+
+class Oracle:
+    """Encoder `oracle`: the simulator's segmentation answers the prompt, then a fixed projection. No weights, no language model.
+
+    Pixels of what the prompt names are kept, all others blanked (`background_kept` is the fraction of them that leaks through). It is an
+    upper bound of what a VLM can say and a control (prompt "blind"); never report it as a VLM.
+    """
+
+    revision, layers, pools = "1", (0,), ("all",)
+    grid, colours, dim = 32, 3, 256
+
+    def __init__(self, background_kept: float = 0.0):
+        self.name = f"oracle-a{background_kept:g}" if background_kept else "oracle"
+        self.background_kept = background_kept
+        rng = np.random.default_rng(0)
+        inputs = self.grid**2 * self.colours
+        self.projection = (rng.standard_normal((inputs, self.dim)) / np.sqrt(self.dim)).astype(np.float32)
+
+    def __call__(self, images: np.ndarray, text: str, segments: np.ndarray, task: str) -> dict[tuple[int, str], np.ndarray]:
+        """images (B, H, W, 3) uint8, segments (B, H, W) uint8 -> {(layer, pool): (B, D) float32}."""
+        keep = np.isin(segments, named_segments(text, task))[..., None]
+        blank = 128 + self.background_kept * (images.astype(np.float32) - 128)
+        pictures = np.where(keep, images, blank.round().astype(np.uint8))
+        small = [np.asarray(Image.fromarray(picture).resize((self.grid, self.grid), Image.Resampling.BOX)) for picture in pictures]
+        features = (np.stack(small).reshape(len(images), -1).astype(np.float32) - 128) / 128
+        return {(0, "all"): features @ self.projection}
+
+
+def embedding_key(encoder: Oracle, prompt: str, layer: int, pool: str) -> str:
+    """File name of a cache: encoder, prompt, layer, pool, revision. A prompt of the user's own goes in as a hash."""
+    name = prompt if prompt in PROMPTS else "p" + hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    return f"{encoder.name}_{name}_L{layer}_{pool}_r{encoder.revision}"
+
+
+def embed(args: Args, out: Path, meta: dict) -> None:
+    """Caches the embeddings of every frame, a file a shard and key; finished files are kept, files of other frames refused."""
+    encoder = Oracle(args.background_kept)
+    layers, pools = args.layers or encoder.layers, args.pools or encoder.pools
+    for given, known, what in ((layers, encoder.layers, "layer"), (pools, encoder.pools, "pool")):
+        for value in given:
+            if value not in known:
+                fail(f"encoder {encoder.name} has no {what} {value!r}; it has {', '.join(map(str, known))}")
+    cells = [(prompt, layer, pool) for prompt in args.prompt for layer in layers for pool in pools]
+    for fact in tqdm(meta["shards"], desc=f"embed {encoder.name}", unit="shard"):
+        shard, task = out / fact["shard"], fact["shard"].split("/")[0]
+        (shard / "embeddings").mkdir(exist_ok=True)
+        todo = []
+        for prompt, layer, pool in cells:
+            path = shard / "embeddings" / f"{embedding_key(encoder, prompt, layer, pool)}.json"
+            about = {"encoder": encoder.name, "revision": encoder.revision, "prompt": prompt, "text": prompt_text(prompt, task)}
+            about |= {"layer": layer, "pool": pool, "frames_sha256": fact["sha256"]["frames"]}
+            if path.exists():
+                have = json.loads(path.read_text())
+                if {key: have.get(key) for key in about} != about:
+                    fail(f"{path} was made from other frames or another prompt; delete it and run again")
+            else:
+                todo.append((path, about))
+        if not todo:
+            continue
+        frames, segments = (np.load(shard / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "segments"))
+        for text in {about["text"] for _, about in todo}:
+            batches = [encoder(frames[k : k + 256], text, segments[k : k + 256], task) for k in range(0, len(frames), 256)]
+            for path, about in todo:
+                if about["text"] == text:
+                    array = np.concatenate([batch[about["layer"], about["pool"]] for batch in batches]).astype(np.float16)
+                    buffer = io.BytesIO()
+                    np.save(buffer, array, allow_pickle=False)
+                    atomic_write(path.with_suffix(".npy"), buffer.getvalue())
+                    write_json(path, about | {"dim": array.shape[1], "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+    print(f"{out}: embeddings {', '.join(embedding_key(encoder, *cell) for cell in cells)}")
+
+
+def parse_args(arguments: list[str]) -> Args:
+    preset, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in PRESETS else ("quick", arguments)
+    args = tyro.cli(Args, default=PRESETS[preset], args=rest, description=__doc__, prog=f"collect.py [{'|'.join(PRESETS)}]")
+    args.tasks = tuple(dict.fromkeys(task for name in args.tasks for task in (MT10 if name == "mt10" else (name,))))
+    for task in args.tasks:
+        if task not in TASKS:
+            fail(nearest(task, [*TASKS, "mt10"], "task"))
+    if args.encoder not in ("oracle", "none"):
+        fail(nearest(args.encoder, ["oracle", "none"], "encoder"))
+    for name, least in {
+        "episodes_per_task": 1,
+        "size": 16,
+        "max_steps": 1,
+        "after_success": 0,
+        "noise": 0,
+        "shard_episodes": 1,
+        "seed": 0,
+    }.items():
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= args.background_kept <= 1:
+        fail("--background-kept is a fraction, 0 to 1")
+    return args
+
+
+def main(args: Args) -> None:
+    out = Path(args.out)
+    lock = lock_folder(out)  # held until the process ends
+    meta = collect(args, out)
+    if not (out / "preview.png").exists():
+        preview(args, out)
+    if args.encoder != "none":
+        embed(args, out, meta)
+    os.close(lock)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except OSError as error:
+        fail(f"{error}; what is finished is kept: run the same command again")
+    except KeyboardInterrupt:
+        fail("interrupted; what is finished is kept: run the same command again")

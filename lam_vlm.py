@@ -1,0 +1,919 @@
+"""Latent action learning with vision-language targets: LAM -> behaviour cloning of latent actions -> action decoder.
+
+    python lam_vlm.py                                            LAPO + embedding target (the promptable oracle), quick scale
+    python lam_vlm.py --target pixels                            LAPO: the forward model predicts the distracted pixels
+    python lam_vlm.py --target clean                             the ideal target: the twin frame without distractors
+    python lam_vlm.py --target masked                            MaskLAM: pixels, but only the robot's count in the loss
+    python lam_vlm.py --encoder oracle_blind                     embeddings under another prompt (collect.py --prompt blind makes them)
+    python lam_vlm.py --method bc --labelled-episodes all        the ceiling; with a number instead of `all`: the floor
+    python lam_vlm.py paper --data data/paper --tasks drawer-open --encoder KEY
+                                                                 the paper's scale, one GPU
+
+Reads data/<name>/ (collect.py), writes runs/<name>/. A command that was cut off goes on where it stopped, with the same weights on a CPU.
+`load_policy(run_dir)` gives observation -> action.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    data: str = "data/quick"
+    """folder of the data set that collect.py wrote"""
+    tasks: tuple[str, ...] = ()
+    """tasks of the data set to train on, one model for all of them; none given: all"""
+    method: Literal["lapo", "bc"] = "lapo"
+    """lapo: the three stages; bc: behaviour cloning of the true actions of the labelled episodes"""
+    target: Literal["pixels", "clean", "masked", "embedding"] = "embedding"
+    """what the forward model predicts: next frame (LAPO), next twin frame, the robot's pixels of the next frame (MaskLAM), next embedding"""
+    encoder: str = "oracle_best"
+    """target embedding: key of the embeddings to predict, or an unambiguous beginning of it"""
+    fdm_input: Literal["target", "pixels"] = "target"
+    """what the forward model starts from: the target's representation of the current frame, or the distracted frame itself"""
+    labelled_episodes: tuple[str, ...] = ("4",)
+    """label budgets: episodes a task whose true actions may be used, or `all`; a decoder is trained for each"""
+    latent_dim: int = 16
+    """dimensions of the latent action z"""
+    idm_horizon: int = 1
+    """K of the multi-step IDM: it sees o_t and o_{t+k}, k ~ U{1..K}; the forward model's target stays t+1"""
+    frame_stack: int = 1
+    """frames in an observation"""
+    stages: tuple[Literal["lam", "bc", "decoder"], ...] = ("lam", "bc", "decoder")
+    """stages to run; a finished one is skipped"""
+    widths: tuple[int, ...] = (32, 64)
+    """channels of the convolutional blocks of IDM, policy and picture FDM"""
+    res_blocks: int = 1
+    """residual blocks after each of them"""
+    stem: int = 4
+    """stride of the first block; the others have 2"""
+    fdm_hidden: int = 512
+    """width of the FDM's three MLP blocks (embedding targets)"""
+    fdm_dropout: float = 0.0
+    """dropout on the FDM's view of the current embedding: what it can not know from there, z must tell"""
+    lam_updates: int = 1500
+    """updates of stage 1"""
+    bc_updates: int = 1500
+    """updates of stage 2"""
+    decoder_updates: int = 2500
+    """updates of stage 3"""
+    batch_size: int = 128
+    """transitions (stage 1) or frames (stages 2 and 3) an update"""
+    lr: float = 1e-3
+    """peak learning rate of AdamW under a one-cycle schedule (stages 1 and 2)"""
+    decoder_lr: float = 1e-3
+    """the same for stage 3"""
+    weight_decay: float = 1e-2
+    """weight decay of AdamW"""
+    max_shift: int = 4
+    """random shifts of stage 2, in pixels"""
+    decoder_noise: float = 0.1
+    """Gaussian noise on the decoder's input, in units of the latents' std"""
+    probe_fraction: float = 0.2
+    """fraction of the episodes, the last ones, that no stage trains on: the probes are measured there"""
+    log_every: int = 50
+    """updates between two rows of metrics.jsonl; checkpoints are written at every fourth"""
+    resident: Literal["auto", "yes", "no"] = "auto"
+    """data on the device as a whole, or memory-mapped and prefetched; auto: by size"""
+    device: str = "auto"
+    """cuda, mps, cpu, or auto"""
+    seed: int = 0
+    """seed of weights, batches and the choice of the labelled episodes"""
+    arm: str = ""
+    """name under which eval.py groups the seeds of one method; empty: named by method and target"""
+    out: str = ""
+    """folder of the run; empty: runs/<arm>_<tasks>_s<seed>"""
+
+
+QUICK = Args()
+PAPER = replace(
+    QUICK, data="data/paper", labelled_episodes=("32",), latent_dim=128, widths=(96, 192, 192), res_blocks=2, stem=2, fdm_hidden=1024,
+    lam_updates=100_000, bc_updates=100_000, batch_size=512, lr=1e-4, decoder_lr=3e-4, weight_decay=0.0, probe_fraction=0.02, log_every=500,
+)  # fmt: skip
+PRESETS = {"quick": QUICK, "paper": PAPER}
+CLEAN_DATA = "none"  # meta.json's env.videos where nothing moves in the background
+
+
+def fail(message: str) -> None:
+    """Ends the program with one line on stderr and exit status 1."""
+    raise SystemExit(f"lam_vlm.py: {message}")
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+class Column:
+    """One array of the data set, over all shards: `column[rows]` is a tensor on the device, whatever holds the rows.
+
+    rows: int64 (B,). Resident columns live on the device, the others are memory-mapped files.
+    """
+
+    def __init__(self, files: list[Path], device: torch.device):
+        self.device, self.parts = device, []
+        for file in files:
+            try:
+                self.parts.append(np.load(file, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError) as error:
+                fail(f"{file} does not read ({error}); delete its shard folder and run collect.py again")
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.nbytes = sum(part.nbytes for part in self.parts)
+        self.whole: Tensor | None = None
+
+    def make_resident(self) -> None:
+        self.whole = torch.from_numpy(np.concatenate(self.parts)).to(self.device)
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        if self.whole is not None:
+            return self.whole[torch.from_numpy(rows).to(self.device)]
+        shard = np.searchsorted(self.ends, rows, side="right")
+        out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
+        for s in np.unique(shard):
+            here = shard == s
+            out[here] = self.parts[s][rows[here] - (self.ends[s] - len(self.parts[s]))]
+        return torch.from_numpy(out).to(self.device, non_blocking=True)
+
+
+class Dataset:
+    """The columns a run needs, and which rows it may use for what.
+
+    transitions: rows t whose row t+1 is the same episode's next frame; `train` and `held_out` split them by episode, `labelled(n)` gives the
+    frames of n training episodes a task, drawn by the seed. `first` and `last` are the bounds of each row's episode.
+    """
+
+    def __init__(self, args: Args, device: torch.device):
+        root = Path(args.data)
+        if not (root / "meta.json").exists():
+            known = [str(path.parent) for path in Path("data").glob("*/meta.json")]
+            fail(
+                f"no data set in {root}"
+                + (f" (there are {', '.join(known)})" if known else "")
+                + f"; make it: python collect.py --out {root}"
+            )
+        self.meta = json.loads((root / "meta.json").read_text())
+        if "shards" not in self.meta:
+            fail(f"{root} is not finished; run its collect.py command again")
+        for task in args.tasks:
+            if task not in self.meta["tasks"]:
+                fail(f"{root} has no task {task!r}; it has {', '.join(self.meta['tasks'])}")
+        tasks = args.tasks or tuple(self.meta["tasks"])
+        shards = [fact for fact in self.meta["shards"] if fact["shard"].split("/")[0] in tasks]
+        folders = [root / fact["shard"] for fact in shards]
+        self.columns = {}
+        names = ["frames", "segments", "actions", "states", "episode"]
+        for name in names + (["clean"] if args.method == "lapo" and args.target == "clean" else []):
+            self.columns[name] = Column([folder / f"{name}.npy" for folder in folders], device)
+        facts = {fact["shard"]: fact["sha256"] for fact in shards}
+        if args.method == "lapo" and args.target == "embedding":
+            key = self.find_key(folders, args.encoder)
+            files = [folder / "embeddings" / f"{key}.npy" for folder in folders]
+            for file, fact in zip(files, shards):
+                about = json.loads(file.with_suffix(".json").read_text())
+                if about["frames_sha256"] != fact["sha256"]["frames"]:
+                    fail(f"{file} was made from other frames than {fact['shard']} holds; delete it and run collect.py again")
+                facts[str(file)] = about["sha256"]
+            self.columns["embedding"] = Column(files, device)
+            self.key = key
+        self.hash = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        episode = np.concatenate([np.asarray(part) for part in self.columns["episode"].parts])
+        for name, column in self.columns.items():
+            if column.ends[-1] != len(episode):
+                fail(
+                    f"{name}.npy has {column.ends[-1]} rows in {root}, episode.npy {len(episode)}; damaged: collect it again in another --out"
+                )
+        task_of = np.repeat([tasks.index(fact["shard"].split("/")[0]) for fact in shards], [fact["frames"] for fact in shards])
+        self.group = task_of.astype(np.int64) * (episode.max() + 1) + episode  # one number an episode, over all tasks
+        starts = np.flatnonzero(np.diff(self.group, prepend=-1))
+        length = np.diff(np.append(starts, len(episode)))
+        self.first, self.last = np.repeat(starts, length), np.repeat(starts + length - 1, length)
+        per_task = self.meta["episodes_per_task"]
+        if per_task < 2:
+            fail(f"{root} has {per_task} episode a task; at least 2 are needed, one to train on and one for the probes")
+        self.n_train = per_task - min(per_task - 1, max(1, round(args.probe_fraction * per_task)))
+        moves = np.arange(len(episode)) < self.last
+        self.train, self.held_out = np.flatnonzero(moves & (episode < self.n_train)), np.flatnonzero(moves & (episode >= self.n_train))
+        self.episode, self.order = episode, np.random.default_rng([args.seed, 7]).permutation(self.n_train)
+        for count in args.labelled_episodes:
+            if count != "all" and not (count.isdecimal() and 1 <= int(count) <= self.n_train):
+                fail(f"--labelled-episodes takes `all` or a number from 1 to {self.n_train} (episodes to train on), not {count!r}")
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        size = sum(column.nbytes for column in self.columns.values())
+        self.resident = args.resident == "yes" or (args.resident == "auto" and size < 0.4 * free)
+        if self.resident:
+            for column in self.columns.values():
+                column.make_resident()
+        where = f"resident on {device}" if self.resident else "memory-mapped, prefetched"
+        print(f"data {root}: {', '.join(tasks)}; {self.n_train} episodes a task to train on, {per_task - self.n_train} held out; "
+              f"{size / 2**20:.0f} MiB {where}")  # fmt: skip
+
+    @staticmethod
+    def find_key(folders: list[Path], wanted: str) -> str:
+        keys = sorted({path.stem for folder in folders for path in (folder / "embeddings").glob("*.json")})
+        found = [key for key in keys if key == wanted] or [key for key in keys if key.startswith(wanted)]
+        if len(found) != 1:
+            near = difflib.get_close_matches(wanted, keys, n=3, cutoff=0.3)
+            have = f"there are {', '.join(found or near or keys)}" if keys else "there are none at all: run collect.py with --encoder"
+            fail(f"--encoder {wanted!r} names {'several' if found else 'no'} embeddings; {have}")
+        lacking = [folder for folder in folders if not (folder / "embeddings" / f"{found[0]}.json").exists()]
+        if lacking:
+            fail(f"embeddings {found[0]} are missing in {lacking[0]}; run the collect.py command that makes them again")
+        return found[0]
+
+    def labelled(self, count: str) -> np.ndarray:
+        """Rows t, with a true action, of the labelled episodes."""
+        chosen = self.order if count == "all" else self.order[: int(count)]
+        return self.train[np.isin(self.episode[self.train], chosen)]
+
+    def observe(self, rows: np.ndarray, stack: int) -> Tensor:
+        """Observation o_t: frames t-stack+1..t (the first is repeated before an episode's start). (B, 3*stack, H, W) uint8, channels-last."""
+        rows = np.maximum(rows[:, None] + np.arange(1 - stack, 1), self.first[rows][:, None])  # (B, stack)
+        frames = self.columns["frames"][rows.reshape(-1)]
+        b, (h, w) = len(rows), frames.shape[1:3]
+        return frames.view(b, stack, h, w, 3).permute(0, 1, 4, 2, 3).reshape(b, 3 * stack, h, w)
+
+
+def batches(make: Callable[[int], tuple], start: int, stop: int, prefetch: bool) -> Iterator[tuple[int, tuple]]:
+    """Yields (update, make(update)); with prefetch the next batch is read while this one trains."""
+    if not prefetch:
+        yield from ((update, make(update)) for update in range(start, stop))
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, start)
+        for update in range(start, stop):
+            batch, coming = coming.result(), pool.submit(make, min(update + 1, stop - 1))
+            yield update, batch
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 pictures -> float in [-0.5, 0.5], channels-last."""
+    return (frames.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu6(self.conv1(F.relu6(x))))
+
+
+class ConvNet(nn.Module):
+    """Residual conv net of LAOM: strided conv and residual blocks per width, ReLU6. (B, C, H, W) -> (B, widths[-1], h, w)."""
+
+    def __init__(self, channels: int, args: Args):
+        super().__init__()
+        layers, stride = [], args.stem
+        for width in args.widths:
+            layers += [nn.Conv2d(channels, width, max(3, stride), stride, padding=0 if stride > 2 else 1)]
+            layers += [ResBlock(width) for _ in range(args.res_blocks)]
+            channels, stride = width, 2
+        self.layers = nn.Sequential(*layers, nn.ReLU6())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def cells(self, size: int) -> int:
+        """Cells of the output for a picture of size x size."""
+        with torch.no_grad():
+            return self(torch.zeros(1, self.layers[0].in_channels, size, size)).shape[2:].numel()
+
+
+class Head(nn.Module):
+    """A conv net, flattened, and a linear layer: the IDM, and the policy of stage 2."""
+
+    def __init__(self, channels: int, out: int, size: int, args: Args):
+        super().__init__()
+        self.net = ConvNet(channels, args)
+        self.linear = nn.Linear(self.net.cells(size) * args.widths[-1], out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.net(x).flatten(1))
+
+
+class IDM(Head):
+    """Inverse dynamics model: (o_t, o_{t+k}) -> z (B, latent_dim). Fed with the difference: the plain pair is not learnt from (DETAIL 1)."""
+
+    def __init__(self, size: int, args: Args):
+        super().__init__(3 * args.frame_stack + 3, args.latent_dim, size, args)
+
+    def forward(self, now: Tensor, future: Tensor) -> Tensor:
+        now, future = to_float(now), to_float(future)
+        return super().forward(torch.cat([now, 4 * (future - now[:, -3:])], 1))
+
+
+class EmbeddingFDM(nn.Module):
+    """Forward model of embeddings: (e_t, z) -> standardised change e_{t+1} - e_t. MLP blocks, z re-injected into each (LAOM's latent FDM)."""
+
+    def __init__(self, dim: int, size: int, args: Args):
+        super().__init__()
+        hidden, self.dropout = args.fdm_hidden, args.fdm_dropout
+        self.stem = nn.Linear(dim, hidden) if args.fdm_input == "target" else Head(3 * args.frame_stack, hidden, size, args)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden + args.latent_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden)) for _ in range(3)
+        )
+        self.out = nn.Linear(hidden, dim)
+
+    def forward(self, start: Tensor, z: Tensor) -> Tensor:
+        x = self.stem(start.detach().mul(0) if self.dropout == 1 else F.dropout(start, self.dropout, self.training))
+        for norm, block in zip(self.norms, self.blocks):
+            x = x + block(torch.cat([norm(x), z], 1))
+        return self.out(x)
+
+
+class PictureFDM(nn.Module):
+    """Forward model of pictures: (x_t, z) -> standardised change x_{t+1} - x_t (B, 3, H, W). Conv encoder, z on its channels, mirrored decoder."""
+
+    def __init__(self, channels: int, args: Args):
+        super().__init__()
+        self.encoder, self.dropout = ConvNet(channels, args), args.fdm_dropout
+        self.mix = nn.Conv2d(args.widths[-1] + args.latent_dim, args.widths[-1], 1)
+        layers, strides = [], [args.stem] + [2] * (len(args.widths) - 1)
+        for width, out, stride in zip(args.widths[::-1], (*args.widths[-2::-1], 3), strides[::-1]):
+            layers += [ResBlock(width) for _ in range(args.res_blocks)] + [nn.ReLU6(), nn.ConvTranspose2d(width, out, stride, stride)]
+        self.decoder = nn.Sequential(*layers)
+
+    def forward(self, start: Tensor, z: Tensor) -> Tensor:
+        x = F.dropout2d(self.encoder(start), self.dropout, self.training)
+        x = self.mix(torch.cat([x, z[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1))
+        return self.decoder(x)
+
+
+class LAM(nn.Module):
+    """IDM, FDM and the training split's statistics of the target, which the checkpoint thereby carries."""
+
+    def __init__(self, data: Dataset, args: Args):
+        super().__init__()
+        size, self.args = data.meta["env"]["size"], args
+        self.idm = IDM(size, args)
+        shape = (data.columns["embedding"].parts[0].shape[1],) if args.target == "embedding" else (3, 1, 1)
+        for name in ("mean", "change_mean"):
+            self.register_buffer(name, torch.zeros(shape))
+        for name in ("std", "change_std"):
+            self.register_buffer(name, torch.ones(shape))
+        self.register_buffer("latent_std", torch.ones(()))
+        channels = 3 * args.frame_stack if args.fdm_input == "pixels" or args.target in ("pixels", "masked") else 3
+        self.fdm = EmbeddingFDM(shape[0], size, args) if args.target == "embedding" else PictureFDM(channels, args)
+
+    def fit_statistics(self, data: Dataset) -> None:
+        """Mean and std of target and change, per embedding dimension or colour, over (a sample of) the training transitions."""
+        rows = np.sort(np.random.default_rng(0).permutation(data.train)[:10_000])
+        now, after = target_picture(data, rows, self.args), target_picture(data, rows + 1, self.args)
+        change = after - now
+        axes = 0 if now.ndim == 2 else (0, 2, 3)
+        for prefix, values in (("", now), ("change_", change)):
+            std = values.std(axes).reshape(self.mean.shape)
+            getattr(self, f"{prefix}mean").copy_(values.mean(axes).reshape(self.mean.shape))
+            getattr(self, f"{prefix}std").copy_(std.clamp_min(0.1 * std.mean() + 1e-6))  # a dimension that never changes is not blown up
+
+    def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """MSE of the standardised change; masked: over the robot's pixels alone. The target takes no gradient."""
+        now, future, target_now, target_next, weight = batch
+        z = self.idm(now, future)
+        target = ((target_next - target_now - self.change_mean) / self.change_std).detach()
+        start = to_float(now) if self.args.fdm_input == "pixels" or target.ndim == 4 and self.args.target != "clean" else None
+        start = (target_now - self.mean) / self.std if start is None else start
+        error = (self.fdm(start, z) - target) ** 2
+        return error.mean() if weight is None else (error * weight).sum() / (3 * weight.sum()).clamp_min(1)
+
+
+def target_picture(data: Dataset, rows: np.ndarray, args: Args) -> Tensor:
+    """The target representation of the frames: embeddings (B, D) float32 or pictures (B, 3, H, W) in [-0.5, 0.5]."""
+    if args.target == "embedding":
+        return data.columns["embedding"][rows].float()
+    return to_float(data.columns["clean" if args.target == "clean" else "frames"][rows].permute(0, 3, 1, 2))
+
+
+class Decoder(nn.Module):
+    """Action decoder of stage 3: MLP 256-256 from the policy's latent to an action. (B, latent_dim) -> (B, 4)."""
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.mlp(z)
+
+
+def random_shift(frames: Tensor, shifts: Tensor, pad: int) -> Tensor:
+    """DrQ's augmentation: edges repeated, then a crop moved by `shifts` (B, 2) in 0..2*pad pixels. (B, C, H, W) uint8 -> the same."""
+    b, c, h, w = frames.shape
+    y = (torch.arange(h, device=frames.device) + shifts[:, :1] - pad).clamp(0, h - 1)  # (B, H)
+    x = (torch.arange(w, device=frames.device) + shifts[:, 1:] - pad).clamp(0, w - 1)
+    frames = frames.permute(0, 2, 3, 1)
+    shifted = frames[torch.arange(b, device=frames.device)[:, None, None], y[:, :, None], x[:, None, :]]  # (B, H, W, C)
+    return shifted.permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ probes
+
+
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float = 1e-3) -> Callable[[np.ndarray], np.ndarray]:
+    """Closed-form ridge regression y ~ x on standardised x, with an intercept. x (N, P), y (N, Q); returns x -> prediction of y."""
+    mean, std, centre = x.mean(0), x.std(0) + 1e-8, y.mean(0)
+    z = (x - mean) / std
+    weights = np.linalg.solve(z.T @ z + penalty * len(z) * np.eye(z.shape[1]), z.T @ (y - centre))
+    return lambda new: (new - mean) / std @ weights + centre
+
+
+def r2_score(y: np.ndarray, prediction: np.ndarray) -> float:
+    """1 - residual over total variance, both summed over the dimensions of y; nan where y does not vary."""
+    total = ((y - y.mean(0)) ** 2).sum()
+    return float(1 - ((y - prediction) ** 2).sum() / total) if total > 1e-12 else float("nan")
+
+
+class Probes:
+    """Linear probes of z, fitted on training transitions (at most 10 000) and measured on episodes that no stage trains on.
+
+    action: z -> a_t. MSE and NMSE (MSE / variance, mean over the dimensions that vary) and R^2 per dimension (None where it does not vary).
+    leak: the share of the background's next change that z explains after what o_t explains of either is taken out (partial R^2).
+    state: z -> change of the true state (18 numbers: hand, gripper, objects), R^2.
+    """
+
+    grid = 8  # cells a side in which the background's colour is averaged
+
+    def __init__(self, data: Dataset, args: Args):
+        self.args, rng = args, np.random.default_rng(1)
+        self.rows = [np.sort(rng.permutation(split)[:10_000]) for split in (data.train, data.held_out)]
+        self.data, columns = data, data.columns
+        self.actions = [columns["actions"][rows].double().cpu().numpy() for rows in self.rows]
+        self.states = [(columns["states"][rows + 1] - columns["states"][rows])[:, :18].double().cpu().numpy() for rows in self.rows]
+        self.leaks = data.meta["env"]["videos"] != CLEAN_DATA
+        if self.leaks:
+            now, change = zip(*(self.background(rows) for rows in self.rows))
+            explained = ridge(now[0], change[0], 1e-2)
+            self.now, self.change = now, [c - explained(n) for c, n in zip(change, now)]
+
+    def background(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The frame, and the change of the background alone, both as mean colours of grid x grid cells: two float64 (N, 3 * grid^2)."""
+        pooled, changes = [], []
+        for k in range(0, len(rows), 500):
+            part, columns = rows[k : k + 500], self.data.columns
+            now, after = (to_float(columns["frames"][r].permute(0, 3, 1, 2)) for r in (part, part + 1))
+            seen = ((columns["segments"][part] == 0) & (columns["segments"][part + 1] == 0))[:, None].float()
+            area = F.adaptive_avg_pool2d(seen, self.grid)
+            change = F.adaptive_avg_pool2d((after - now) * seen, self.grid) / area.clamp_min(1e-6) * (area > 0.25)
+            pooled.append(F.adaptive_avg_pool2d(now, self.grid).flatten(1).cpu())
+            changes.append(change.flatten(1).cpu())
+        return torch.cat(pooled).double().numpy(), torch.cat(changes).double().numpy()
+
+    def __call__(self, idm: IDM) -> dict[str, float | list | None]:
+        z = [encode(idm, self.data, self.args, rows).double().cpu().numpy() for rows in self.rows]
+        (a_train, a_test), (s_train, s_test) = self.actions, self.states
+        error = ((ridge(z[0], a_train)(z[1]) - a_test) ** 2).mean(0)
+        variance = a_test.var(0)
+        varies = (variance > 1e-3) & (a_train.var(0) > 1e-3)
+        nmse = error[varies] / variance[varies]
+        result = {"action_probe_mse": float(error.mean()), "action_probe_nmse": float(nmse.mean()) if varies.any() else None}
+        result["action_probe_r2"] = [float(1 - e / v) if ok else None for e, v, ok in zip(error, variance, varies)]
+        result["state_probe_r2"] = r2_score(s_test, ridge(z[0], s_train)(z[1]))
+        result["leak_probe_r2"] = None
+        if self.leaks:
+            explained = ridge(self.now[0], z[0], 1e-2)
+            rest = [latent - explained(now) for latent, now in zip(z, self.now)]
+            result["leak_probe_r2"] = r2_score(self.change[1], ridge(rest[0], self.change[0])(rest[1]))
+        return result
+
+
+@torch.no_grad()
+def encode(idm: IDM, data: Dataset, args: Args, rows: np.ndarray) -> Tensor:
+    """Latent actions of the transitions rows -> rows + 1 (k = 1). (N, latent_dim) float32"""
+    parts = [rows[k : k + 512] for k in range(0, len(rows), 512)]
+    return torch.cat([idm(data.observe(r, args.frame_stack), data.observe(r + 1, 1)) for r in parts]).float()
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Writes a file whole or not at all: temporary file beside it, fsync, rename."""
+    temporary = path.with_name(f".tmp_{path.name}")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, identity: dict, device: torch.device | str) -> dict | None:
+    """A checkpoint of this very run; None where there is none. A damaged or foreign one is named and refused."""
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        stored = checkpoint["identity"]
+    except Exception as error:  # torch raises half a dozen types on damaged files
+        fail(f"checkpoint {path} does not read ({type(error).__name__}); delete it and run again")
+    for key, value in identity.items():
+        if stored.get(key) != value:
+            fail(f"checkpoint {path} belongs to another run ({key}: {stored.get(key)} there, {value} here); choose another --out")
+    return checkpoint
+
+
+class Log:
+    """metrics.jsonl, one object a line, and the same numbers as TensorBoard events."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path, self.writer = folder / "metrics.jsonl", SummaryWriter(str(folder / "tensorboard"))
+
+    def rewind(self, stage: str, update: int) -> None:
+        """Drops the rows after the checkpoint from which a stage goes on, and a line that a kill cut."""
+        lines = self.path.read_text().split("\n") if self.path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [row for row in rows if row["stage"] != stage or row["update"] <= update]
+        atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def __call__(self, stage: str, update: int, values: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"stage": stage, "update": update} | values) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{stage}/{name}", value, update)
+
+
+@dataclass
+class Run:
+    """What every stage needs: arguments, data, device, precision, folder, log, and the identity its checkpoints carry."""
+
+    args: Args
+    data: Dataset
+    device: torch.device
+    dtype: torch.dtype
+    folder: Path
+    log: Log
+    identity: dict
+    lock: int
+    probes: dict = field(default_factory=dict)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+
+def train(
+    run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable, probe: Callable | None = None
+) -> None:
+    """Trains `module` on loss_of(make(rng)) and leaves <stage>.pt: the loop of all three stages.
+
+    Batches, noise and dropout of an update are drawn from [seed, stage, update] alone, so a run that was cut off and goes on sees what the
+    uninterrupted one sees. AdamW, one-cycle schedule. A loss that is not finite ends the run; the last good checkpoint stays.
+    """
+    args, path = run.args, run.folder / f"{stage}.pt"
+    optimiser = torch.optim.AdamW(module.parameters(), lr, weight_decay=args.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, updates + 1)
+    start, seconds = 0, 0.0
+    checkpoint = load_checkpoint(path, run.identity, run.device)
+    if checkpoint is not None:
+        module.load_state_dict(checkpoint["module"])
+        start, seconds = checkpoint["update"], checkpoint["seconds"]
+        if start == updates:
+            print(f"{stage}: finished already, {path}")
+            return
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        print(f"{stage}: goes on at update {start}")
+    run.log.rewind(stage, start)
+    number = {"lam": 1, "bc": 2, "decoder": 3}[stage]
+
+    def save(update: int) -> None:
+        state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+        save_checkpoint(path, state | {"update": update, "seconds": seconds + time.time() - begun, "identity": run.identity})
+
+    begun, total = time.time(), torch.zeros((), device=run.device)
+    draw = lambda update: make(np.random.default_rng([args.seed, number, update]))  # noqa: E731
+    module.train()
+    with tqdm(total=updates, initial=start, desc=stage, unit="update", smoothing=0.05, mininterval=1) as bar:
+        for update, batch in batches(draw, start, updates, prefetch=not run.data.resident):
+            torch.manual_seed(1_000_003 * args.seed + 10**7 * number + update)
+            with run.autocast():
+                loss = loss_of(batch)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += loss.detach()
+            bar.update()
+            done = update + 1
+            if done % args.log_every == 0 or done == updates:
+                mean = total.item() / ((done - 1) % args.log_every + 1)
+                if not np.isfinite(mean):
+                    fail(
+                        f"{stage}: the loss is {mean} near update {done}; the last good checkpoint, if any, is kept in {path}; try a lower --lr"
+                    )
+                total.zero_()
+                bar.set_postfix(loss=f"{mean:.3g}")
+                row = {"loss": mean, "lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / (time.time() - begun)}
+                if probe is not None and (
+                    done == updates or done % max(args.log_every, updates // 5 // args.log_every * args.log_every) == 0
+                ):
+                    module.eval()
+                    row |= probe()
+                    module.train()
+                run.log(stage, done, row)
+                if done % (4 * args.log_every) == 0 or done == updates:
+                    save(done)
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def train_lam(run: Run) -> LAM:
+    """Stage 1: IDM and FDM together, from frames alone. Returns the frozen LAM."""
+    args, data = run.args, run.data
+    torch.manual_seed(args.seed)
+    lam = LAM(data, args).to(run.device, memory_format=torch.channels_last)
+    lam.fit_statistics(data)
+
+    def make(rng: np.random.Generator) -> tuple:
+        rows = rng.choice(data.train, args.batch_size)
+        ahead = np.minimum(rows + rng.integers(1, args.idm_horizon + 1, args.batch_size), data.last[rows])
+        weight = (data.columns["segments"][rows + 1] == 2)[:, None].float() if args.target == "masked" else None
+        target = target_picture(data, rows, args), target_picture(data, rows + 1, args)
+        return data.observe(rows, args.frame_stack), data.observe(ahead, 1), *target, weight
+
+    probes = Probes(data, args)
+    train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, lambda: probes(lam.idm))
+    lam.eval().requires_grad_(False)
+    with torch.no_grad():
+        lam.latent_std.copy_(encode(lam.idm, data, args, data.train[:: max(1, len(data.train) // 10_000)]).std())
+    run.probes = probes(lam.idm)
+    return lam
+
+
+def train_bc(run: Run, lam: LAM | None) -> Head:
+    """Stage 2: policy o_t -> z_t from distracted frames under random shifts; with --method bc o_t -> a_t of the labelled episodes.
+
+    Latents keep their natural scale up to one common factor: standardising each dimension would blow up those that carry only noise.
+    """
+    args, data = run.args, run.data
+    torch.manual_seed(args.seed + 1)
+    size = data.meta["env"]["size"]
+    policy = Head(3 * args.frame_stack, args.latent_dim if lam else 4, size, args).to(run.device, memory_format=torch.channels_last)
+    rows = data.train if lam else data.labelled(args.labelled_episodes[0])
+    targets = encode(lam.idm, data, args, rows) / lam.latent_std if lam else data.columns["actions"][rows]
+
+    def make(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        pick = rng.integers(len(rows), size=args.batch_size)
+        shifts = torch.from_numpy(rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))).to(run.device)
+        frames = random_shift(data.observe(rows[pick], args.frame_stack), shifts, args.max_shift)
+        return frames, targets[torch.from_numpy(pick).to(run.device)]
+
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(policy(to_float(batch[0])), batch[1])
+
+    train(run, "bc", policy, args.bc_updates, args.lr, make, loss_of)
+    return policy.eval().requires_grad_(False)
+
+
+def train_decoder(run: Run, policy: Head) -> nn.ModuleDict:
+    """Stage 3: one decoder a label budget, from the frozen policy's latents to true actions; noise on the latents widens their support."""
+    args, data = run.args, run.data
+    torch.manual_seed(args.seed + 2)
+    decoders = nn.ModuleDict({count: Decoder(args.latent_dim) for count in args.labelled_episodes}).to(run.device)
+    sets = {}
+    for count in args.labelled_episodes:
+        rows = data.labelled(count)
+        with torch.no_grad():
+            parts = [rows[k : k + 512] for k in range(0, len(rows), 512)]
+            latents = torch.cat([policy(to_float(data.observe(part, args.frame_stack))) for part in parts]).float()
+        sets[count] = latents, data.columns["actions"][rows], args.decoder_noise * latents.std(0)
+
+    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {count: rng.integers(len(latents), size=args.batch_size) for count, (latents, _, _) in sets.items()}
+
+    def loss_of(picks: dict[str, np.ndarray]) -> Tensor:
+        losses = []
+        for count, (latents, actions, noise) in sets.items():
+            pick = torch.from_numpy(picks[count]).to(run.device)
+            z = latents[pick]
+            losses.append(F.mse_loss(decoders[count](z + noise * torch.randn_like(z)), actions[pick]))
+        return torch.stack(losses).sum()
+
+    train(run, "decoder", decoders, args.decoder_updates, args.decoder_lr, make, loss_of)
+    return decoders.eval()
+
+
+def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
+    """The policy of a finished run: uint8 frames (B, K, H, W, 3), (B, H, W, 3) or (H, W, 3) -> float32 actions (B, 4) or (4,) in [-1, 1].
+
+    K is the policy's `frame_stack`, oldest frame first. `labelled` picks the decoder of a label budget; the first by default. A run that is
+    unfinished, damaged or lacks that budget ends the program with one line.
+    """
+    folder = Path(run_dir)
+    try:
+        stored, summary = (json.loads((folder / name).read_text()) for name in ("args.json", "summary.json"))
+    except (OSError, ValueError) as error:
+        fail(f"{folder} is no finished run ({error}); finish it: python lam_vlm.py --out {folder}")
+    args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    need = ("bc",) if args.method == "bc" else ("bc", "decoder")
+    if not set(need) <= set(summary["stages"]):
+        fail(f"{folder} has no policy yet, only stage {' '.join(summary['stages'])}; run lam_vlm.py with all --stages")
+    labelled = labelled or args.labelled_episodes[0]
+    if labelled not in args.labelled_episodes:
+        fail(f"{folder} has no decoder for {labelled} labelled episodes; it has {', '.join(args.labelled_episodes)}")
+    identity = {"run": summary["identity"]}
+    policy = Head(3 * args.frame_stack, 4 if args.method == "bc" else args.latent_dim, summary["size"], args)
+    policy.load_state_dict(load_checkpoint(folder / "bc.pt", identity, "cpu")["module"])
+    decoder = nn.Identity()
+    if args.method == "lapo":
+        decoders = nn.ModuleDict({count: Decoder(args.latent_dim) for count in args.labelled_episodes})
+        decoders.load_state_dict(load_checkpoint(folder / "decoder.pt", identity, "cpu")["module"])
+        decoder = decoders[labelled]
+    network = nn.Sequential(policy, decoder).eval().to(device, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def act(frames: np.ndarray) -> np.ndarray:
+        batch = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
+        single = batch.ndim == 3
+        batch = batch[None] if single else batch
+        if batch.ndim == 4:  # (B, H, W, 3): an episode's first frame stands for the whole stack
+            batch = batch[:, None].expand(-1, args.frame_stack, -1, -1, -1)
+        b, _, h, w, _ = batch.shape
+        actions = network(to_float(batch.permute(0, 1, 4, 2, 3).reshape(b, -1, h, w))).clamp(-1, 1).float().cpu().numpy()
+        return actions[0] if single else actions
+
+    act.frame_stack = args.frame_stack
+    return act
+
+
+# ------------------------------------------------------------------------------------------------ program
+
+
+def default_arm(args: Args, videos: str) -> str:
+    """Name of the method: bc-all, bc-few, lapo, lapo-clean-target, masklam, lapo-<encoder>; with clean data lapo-clean-data."""
+    if args.method == "bc":
+        return "bc-all" if args.labelled_episodes == ("all",) else "bc-few"
+    if args.target == "embedding":
+        encoder = args.encoder.split("_L")[0].replace("_", "-")
+        return f"lapo-{encoder.removesuffix('-best')}" + ("-clean-data" if videos == CLEAN_DATA else "")
+    name = {"pixels": "lapo", "clean": "lapo-clean-target", "masked": "masklam"}[args.target]
+    return f"{name}-clean-data" if videos == CLEAN_DATA else name
+
+
+def pick_device(wanted: str) -> tuple[torch.device, torch.dtype]:
+    """Device and precision, printed with the reason."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        reason = {"cuda": "a CUDA device is here", "mps": "Apple GPU", "cpu": "no GPU found"}[wanted]
+    else:
+        reason = "--device"
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {wanted} can not be used: {str(error).splitlines()[0]}")
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    print(f"device {device} ({reason}), {'bf16 autocast' if dtype == torch.bfloat16 else 'float32'}, {torch.get_num_threads()} CPU threads")
+    return device, dtype
+
+
+def curves(folder: Path) -> None:
+    """curves.png: loss of each stage, and the probes over stage 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    stages = [stage for stage in ("lam", "bc", "decoder") if any(row["stage"] == stage for row in rows)]
+    probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak probe R²", "state_probe_r2": "state probe R²"}
+    figure, axes = plt.subplots(1, len(stages) + 1, figsize=(3.2 * (len(stages) + 1), 2.6), squeeze=False, layout="constrained")
+    for axis, stage in zip(axes[0], stages):
+        axis.semilogy(*zip(*[(row["update"], row["loss"]) for row in rows if row["stage"] == stage]))
+        axis.set(title=f"{stage}: loss", xlabel="update")
+    for key, label in probes.items():
+        points = [(row["update"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes[0, -1].plot(*zip(*points), "o-", label=label)
+    axes[0, -1].set(title="probes, held-out episodes", xlabel="update of stage 1")
+    if axes[0, -1].lines:
+        axes[0, -1].legend(fontsize=7)
+    figure.savefig(folder / ".tmp_curves.png", dpi=120)
+    os.replace(folder / ".tmp_curves.png", folder / "curves.png")
+    plt.close(figure)
+
+
+def parse_args(arguments: list[str]) -> Args:
+    preset, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in PRESETS else ("quick", arguments)
+    args = tyro.cli(Args, default=PRESETS[preset], args=rest, description=__doc__, prog=f"lam_vlm.py [{'|'.join(PRESETS)}]")
+    least = {"latent_dim": 1, "idm_horizon": 1, "frame_stack": 1, "lam_updates": 1, "bc_updates": 1, "decoder_updates": 1, "batch_size": 1}
+    for name, bound in (least | {"log_every": 1, "max_shift": 0, "stem": 1, "res_blocks": 0, "seed": 0}).items():
+        if getattr(args, name) < bound:
+            fail(f"--{name.replace('_', '-')} must be at least {bound}")
+    if args.method == "bc":
+        if len(args.labelled_episodes) != 1:
+            fail("--method bc trains its policy on one label budget: give one value to --labelled-episodes")
+        args.stages = ("bc",)
+    return args
+
+
+def open_run(args: Args) -> Run:
+    """Locks runs/<name>/, refuses a folder of other arguments, loads the data, and writes args.json."""
+    device, dtype = pick_device(args.device)
+    data = Dataset(args, device)
+    args.tasks = args.tasks or tuple(data.meta["tasks"])
+    args.arm = args.arm or default_arm(args, data.meta["env"]["videos"])
+    budget = f"-{args.labelled_episodes[0]}" if args.arm == "bc-few" else ""
+    args.out = args.out or f"runs/{args.arm}{budget}_{'+'.join(args.tasks)}_s{args.seed}"
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+    except OSError:
+        fail(f"another process is writing {folder}; wait for it, or choose another --out")
+    free = {"stages", "device", "resident", "out", "arm"}  # these do not change what a stage computes
+    identity = json.loads(json.dumps({key: value for key, value in asdict(args).items() if key not in free}))
+    path = folder / "args.json"
+    if path.exists():
+        stored = json.loads(path.read_text())
+        changed = [f"{key}: {stored.get(key)} there, {value} here" for key, value in identity.items() if stored.get(key) != value]
+        if changed:
+            fail(f"{folder} is a run with other arguments ({'; '.join(changed)}); choose another --out")
+    atomic_write(path, json.dumps(asdict(args), indent=1) + "\n")
+    identity = {"run": hashlib.sha256(json.dumps([identity, data.hash]).encode()).hexdigest()[:16], "data": data.hash}
+    return Run(args, data, device, dtype, folder, Log(folder), identity, lock)
+
+
+def summarise(run: Run) -> None:
+    """summary.json and curves.png of the stages that are done."""
+    from importlib.metadata import version
+
+    args, stages, digest = run.args, {}, hashlib.sha256()
+    for stage in ("lam", "bc", "decoder"):
+        checkpoint = load_checkpoint(run.folder / f"{stage}.pt", run.identity, "cpu")
+        if checkpoint is None or checkpoint["update"] < getattr(args, f"{stage}_updates"):
+            continue
+        stages[stage] = {"seconds": round(checkpoint["seconds"], 1), "parameters": sum(w.numel() for w in checkpoint["module"].values())}
+        stages[stage]["updates_per_second"] = round(checkpoint["update"] / max(checkpoint["seconds"], 1e-9), 2)
+        for name, weight in checkpoint["module"].items():
+            digest.update(name.encode() + weight.float().numpy().tobytes())
+    summary = {"arm": args.arm, "seed": args.seed, "tasks": args.tasks, "labelled_episodes": args.labelled_episodes, "stages": list(stages)}
+    summary |= run.probes | {"per_stage": stages, "policy_hash": digest.hexdigest()[:16], "identity": run.identity["run"]}
+    summary |= {"data": args.data, "data_hash": run.data.hash, "size": run.data.meta["env"]["size"], "device": str(run.device)}
+    summary |= {"dtype": str(run.dtype), "threads": torch.get_num_threads()}
+    summary |= {"versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "numpy")}}
+    atomic_write(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    curves(run.folder)
+    probes = {key: round(value, 3) for key, value in run.probes.items() if isinstance(value, float)}
+    times = ", ".join(f"{name} {facts['seconds']:.0f} s" for name, facts in stages.items())
+    print(f"{run.folder}: {times}; {probes or 'no probes'}")
+
+
+def main(args: Args) -> None:
+    run = open_run(args)
+    lam = policy = None
+
+    # stage 1: a latent action model from frames alone
+    if args.method == "lapo":
+        lam = train_lam(run)
+
+    # stage 2: a policy that predicts latent actions from distracted frames (or true ones, --method bc)
+    if "bc" in args.stages:
+        policy = train_bc(run, lam)
+
+    # stage 3: true actions from the policy's latents, learnt from a handful of labelled episodes
+    if "decoder" in args.stages and policy is not None:
+        train_decoder(run, policy)
+
+    summarise(run)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except (OSError, torch.OutOfMemoryError) as error:
+        fail(f"{error}; what is finished is kept: run the same command again")
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on from the last checkpoint")
