@@ -213,6 +213,12 @@ class Renderer:
         return table[code]
 
 
+def box_sum(picture: np.ndarray) -> np.ndarray:
+    """Sum over 2 x 2 pixels: (2S, 2S, ...) -> (S, S, ...) uint16."""
+    rows = np.add(picture[::2], picture[1::2], dtype=np.uint16)
+    return rows[:, ::2] + rows[:, 1::2]
+
+
 def release(context: mujoco.MjrContext, gl: object) -> None:
     context.free()
     gl.free()
@@ -285,24 +291,18 @@ class DistractingMetaWorld(gymnasium.Env):
     def _observe(self, state: np.ndarray) -> tuple[np.ndarray, dict]:
         rgb, depth = self.renderer(self.inner.data)
         background = depth == self.empty_depth  # (2S, 2S)
-        size = self.size
-        blocks = rgb.reshape(size, 2, size, 2, 3)
-        total = blocks.astype(np.uint16).sum((1, 3))
-        share = background.reshape(size, 2, size, 2).sum((1, 3))  # (S, S) in 0..4
-        clean = ((total + 2) // 4).astype(np.uint8)
-        info = {"state": state.astype(np.float32), "success": self.success, "clean": clean, "mask": share > 0}
+        share = box_sum(background)[..., None]  # (S, S, 1), 0 to 4
+        clean = ((box_sum(rgb) + 2) // 4).astype(np.uint8)
+        info = {"state": state.astype(np.float32), "success": self.success, "clean": clean, "mask": share[..., 0] > 0}
         info |= {"clip": -1, "clip_frame": -1, "episode": self.episode, "goal": self.goal}
-        if self.clips is None:
-            return self.remember(clean.copy()), info
-        video = self.clips[self.clip]
-        index = background_index(self.start, self.direction, self.steps, len(video))
-        kept = np.where(background.reshape(size, 2, size, 2)[..., None], 0, blocks).astype(np.uint16).sum((1, 3))
-        frame = ((kept + video[index].astype(np.uint16) * share[..., None] + 2) // 4).astype(np.uint8)
-        return self.remember(frame), info | {"clip": self.clip, "clip_frame": index}
-
-    def remember(self, frame: np.ndarray) -> np.ndarray:
-        self.frame = frame
-        return frame
+        self.frame = clean.copy()
+        if self.clips is not None:
+            video = self.clips[self.clip]
+            index = background_index(self.start, self.direction, self.steps, len(video))
+            foreground = box_sum(rgb * ~background[..., None])
+            self.frame = ((foreground + share * video[index] + 2) // 4).astype(np.uint8)
+            info |= {"clip": self.clip, "clip_frame": index}
+        return self.frame, info
 
     def segments(self) -> np.ndarray:
         """Classes (size, size) uint8 of the last frame's pixels, see SEGMENTS; costs another render pass."""
@@ -617,9 +617,10 @@ class Clips:
     videos: "generated", "davis", or the path of a folder of clips or of a DAVIS archive. Raises SystemExit with one line on bad input.
     """
 
+    cache: OrderedDict[tuple, np.ndarray] = OrderedDict()  # of all environments of the process; least recently used first
+
     def __init__(self, videos: str, split: str, size: int):
         self.split, self.size = split, size
-        self.cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         if videos == "generated":
             self.root, self.pictures = None, {f"{split}-{i:02d}": [] for i in range(GENERATED_CLIPS[split])}
         else:
@@ -636,7 +637,8 @@ class Clips:
 
     def __getitem__(self, index: int) -> np.ndarray:
         name = self.names[index]
-        if name not in self.cache:
+        key = (self.root, self.split, name, self.size)
+        if key not in self.cache:
             if self.root is None:
                 frames = generated_clip(self.split, self.names.index(name), self.size)
             else:
@@ -646,11 +648,11 @@ class Clips:
                     raise SystemExit(f"collect.py: the video {self.root / name} has no frames; delete or replace it and run again")
                 frames = np.stack(frames)
             frames.flags.writeable = False
-            self.cache[name] = frames
+            self.cache[key] = frames
             while len(self.cache) > 1 and sum(clip.nbytes for clip in self.cache.values()) > CACHE_BYTES:
                 self.cache.popitem(last=False)
-        self.cache.move_to_end(name)
-        return self.cache[name]
+        self.cache.move_to_end(key)
+        return self.cache[key]
 
 
 # ------------------------------------------------------------------------------------------------ trajectories

@@ -161,7 +161,8 @@ def find_runs(names: Sequence[str]) -> list[dict]:
         run["policy"] = "policy_hash" in run and ("bc" if "lam" not in run["stages"] else "decoder") in run["stages"]
         run["labelled_episodes"] = sorted(map(str, run.get("labelled_episodes", ())), key=budget_order)
         for other in runs.values():  # a row of the table may not mix runs that only share a name
-            twice = run["seed"] == other["seed"] and set(run["tasks"]) & set(other["tasks"])
+            shared = all(set(run[key]) & set(other[key]) for key in ("tasks", "labelled_episodes"))
+            twice = run["seed"] == other["seed"] and shared
             if run["policy"] and other["policy"] and run["arm"] == other["arm"] and (twice or run["data"] != other["data"]):
                 what = f"seed {run['seed']}" if twice else "different data"
                 raise SystemExit(f"eval.py: {other['dir']} and {folder} are both arm '{run['arm']}' with {what}; choose with --runs")
