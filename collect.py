@@ -198,6 +198,7 @@ class Renderer:
 
     def segments(self) -> np.ndarray:
         """Class of each pixel (S, S) uint8, an index of SEGMENTS, of the scene of the last call (one more render pass)."""
+        self.gl.make_current()
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = self.scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 1
         mujoco.mjr_render(self.rect, self.scene, self.context)
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = self.scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 0
@@ -220,6 +221,7 @@ def box_sum(picture: np.ndarray) -> np.ndarray:
 
 
 def release(context: mujoco.MjrContext, gl: object) -> None:
+    gl.make_current()  # the numbers of what is freed mean other things in another environment's context
     context.free()
     gl.free()
 

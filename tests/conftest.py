@@ -1,0 +1,68 @@
+"""Shared by all tests: one thread, headless rendering chosen once, scripts run as a user runs them, and a tiny data set of the real collect.py."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+for variable in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):  # torch and software rendering: several threads make small work slower
+    os.environ.setdefault(variable, "1")
+
+import collect  # noqa: E402, F401  picks MUJOCO_GL, which the processes started below inherit
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--episodes-per-task 5 --shard-episodes 2 --size 32 --seed 0 --camera corner --max-steps 200 --after-success 5 --noise 0".split()
+
+
+def start_script(script: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.Popen:
+    """Starts `python <script> <arguments>` in the folder `cwd`."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_script(script: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
+    """Runs it to its end. The result has returncode, stdout and stderr; nothing is asserted."""
+    process = start_script(script, *arguments, cwd=cwd, **environ)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
+    """kill -9 as soon as `ready()`; the process must not have ended by itself before."""
+    while not ready():
+        assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[1]}"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def refusal(result: subprocess.CompletedProcess) -> str:
+    """The one line with which a script refuses its input; checks exit status 1, that it is one line, and that it ends stderr."""
+    script = Path(result.args[1]).name
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1, (result.returncode, result.stderr)
+    assert [line.startswith(f"{script}: ") for line in lines].count(True) == 1 and lines[-1].startswith(f"{script}: "), result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[-1]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a folder but its locks, by relative path."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """drawer-open, 5 episodes of 32 px in 3 shards, embeddings under the prompts best and blind. Tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made = run_script("collect.py", *TINY, "--workers", 1, "--prompt", "best", "blind", "--out", "data/tiny", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    return folder / "data" / "tiny"
