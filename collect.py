@@ -84,14 +84,14 @@ class Args:
     """backgrounds: generated, davis, none (no distractors anywhere), or the path of a folder of clips or of a DAVIS archive"""
     size: int = 64
     """side of the frames in pixels"""
-    camera: str = "corner"
+    camera: str = "corner4"
     """camera of MetaWorld: corner, corner2, corner3, corner4, topview, behindGripper, gripperPOV"""
     camera_distance: float = 0.0
     """metres that the camera is moved backward, for a wider view"""
-    max_steps: int = 200
+    max_steps: int = 150
     """step limit of an episode, 500 at most"""
     after_success: int = 5
-    """steps an episode goes on after its first success"""
+    """frames of an episode from its first success on, at least 1"""
     noise: float = 0.0
     """std of the Gaussian noise added to the expert's actions; the action stored is the action executed"""
     shard_episodes: int = 5
@@ -694,7 +694,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def expert_episode(env: DistractingMetaWorld, slot: int, noise: float, after_success: int) -> tuple[dict[str, np.ndarray], int]:
-    """Rolls the scripted expert out until `after_success` steps after the first success. Actions stored are the actions executed.
+    """Rolls the scripted expert out until `after_success` frames show success. Actions stored are the actions executed.
 
     A failed episode is dropped and the slot tried again with other chances. Returns the arrays, (N, ...) each, and the number dropped.
     The last row's action and reward are zero: nothing was done after it.
@@ -926,8 +926,8 @@ def named_segments(text: str, task: str) -> list[int]:
     words_of = {"table": {"table"}, "robot": {"robot", "arm", "gripper", "hand", "sawyer"}, "goal": {"goal", "target"}}
     words_of["object"] = {"object", *OBJECTS[task].split()} - {"and"}
     asked, refused = set(), set()
-    for sentence in text.lower().replace("'", "").split("."):
-        words = set(sentence.replace(",", " ").split())
+    for sentence in re.split("[.!?]", text.lower().replace("'", "")):
+        words = set(re.findall(r"\w+", sentence))
         negated = words & {"not", "dont", "ignore", "without", "except", "no"}
         named = {segment for segment, names in words_of.items() if words & names}
         (refused if negated else asked).update(named | ({"goal"} if "object" in named else set()))
@@ -986,9 +986,13 @@ def embed(args: Args, out: Path, meta: dict) -> None:
             about = {"encoder": encoder.name, "revision": encoder.revision, "prompt": prompt, "text": prompt_text(prompt, task)}
             about |= {"layer": layer, "pool": pool, "frames_sha256": fact["sha256"]["frames"]}
             if path.exists():
-                have = json.loads(path.read_text())
-                if {key: have.get(key) for key in about} != about:
-                    fail(f"{path} was made from other frames or another prompt; delete it and run again")
+                try:
+                    have = json.loads(path.read_text())
+                    whole = have["sha256"] == sha256(path.with_suffix(".npy"))
+                except (OSError, ValueError, KeyError):
+                    whole = False
+                if not whole or {key: have.get(key) for key in about} != about:
+                    fail(f"{path} is damaged, or was made from other frames or another prompt; delete it and run again")
             else:
                 todo.append((path, about))
         if not todo:
@@ -1018,8 +1022,9 @@ def parse_args(arguments: list[str]) -> Args:
     for name, least in {
         "episodes_per_task": 1,
         "size": 16,
+        "workers": 0,
         "max_steps": 1,
-        "after_success": 0,
+        "after_success": 1,
         "noise": 0,
         "shard_episodes": 1,
         "seed": 0,

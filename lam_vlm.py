@@ -56,8 +56,10 @@ class Args:
     """label budgets: episodes a task whose true actions may be used, or `all`; a decoder is trained for each"""
     latent_dim: int = 16
     """dimensions of the latent action z"""
+    frame_gap: int = 1
+    """environment steps between the two frames of a transition: MetaWorld runs at 80 Hz, and a step moves the arm by a third of a pixel"""
     idm_horizon: int = 1
-    """K of the multi-step IDM: it sees o_t and o_{t+k}, k ~ U{1..K}; the forward model's target stays t+1"""
+    """K of the multi-step IDM: it sees o_t and o_{t+k}, k ~ U{1..K} gaps; the forward model's target stays one gap ahead"""
     frame_stack: int = 1
     """frames in an observation"""
     stages: tuple[Literal["lam", "bc", "decoder"], ...] = ("lam", "bc", "decoder")
@@ -72,7 +74,7 @@ class Args:
     """width of the FDM's three MLP blocks (embedding targets)"""
     fdm_dropout: float = 1.0
     """dropout on the FDM's view of the current frame: what it can not know from there, z must tell (1: it sees z alone, DETAIL 4)"""
-    lam_updates: int = 600
+    lam_updates: int = 1000
     """updates of stage 1"""
     bc_updates: int = 1500
     """updates of stage 2"""
@@ -90,6 +92,8 @@ class Args:
     """random shifts of stage 2, in pixels"""
     decoder_noise: float = 0.1
     """Gaussian noise on the decoder's input, in units of the latents' std"""
+    decoder_shifts: int = 8
+    """randomly shifted copies of each labelled frame that the decoder is trained on"""
     probe_fraction: float = 0.2
     """fraction of the episodes, the last ones, that no stage trains on: the probes are measured there"""
     log_every: int = 50
@@ -118,6 +122,13 @@ CLEAN_DATA = "none"  # meta.json's env.videos where nothing moves in the backgro
 def fail(message: str) -> None:
     """Ends the program with one line on stderr and exit status 1."""
     raise SystemExit(f"lam_vlm.py: {message}")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{path} does not read ({error}); delete it and run what wrote it again")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -157,7 +168,7 @@ class Column:
 class Dataset:
     """The columns a run needs, and which rows it may use for what.
 
-    transitions: rows t whose row t+1 is the same episode's next frame; `train` and `held_out` split them by episode, `labelled(n)` gives the
+    transitions: rows t whose row t + frame_gap is a frame of the same episode; `train` and `held_out` split them by episode, `labelled(n)` gives the
     frames of n training episodes a task, drawn by the seed. `first` and `last` are the bounds of each row's episode.
     """
 
@@ -170,7 +181,7 @@ class Dataset:
                 + (f" (there are {', '.join(known)})" if known else "")
                 + f"; make it: python collect.py --out {root}"
             )
-        self.meta = json.loads((root / "meta.json").read_text())
+        self.meta = read_json(root / "meta.json")
         if "shards" not in self.meta:
             fail(f"{root} is not finished; run its collect.py command again")
         for task in args.tasks:
@@ -188,7 +199,7 @@ class Dataset:
             key = self.find_key(folders, args.encoder)
             files = [folder / "embeddings" / f"{key}.npy" for folder in folders]
             for file, fact in zip(files, shards):
-                about = json.loads(file.with_suffix(".json").read_text())
+                about = read_json(file.with_suffix(".json"))
                 if about["frames_sha256"] != fact["sha256"]["frames"]:
                     fail(f"{file} was made from other frames than {fact['shard']} holds; delete it and run collect.py again")
                 facts[str(file)] = about["sha256"]
@@ -210,7 +221,7 @@ class Dataset:
         if per_task < 2:
             fail(f"{root} has {per_task} episode a task; at least 2 are needed, one to train on and one for the probes")
         self.n_train = per_task - min(per_task - 1, max(1, round(args.probe_fraction * per_task)))
-        moves = np.arange(len(episode)) < self.last
+        moves = np.arange(len(episode)) + args.frame_gap <= self.last
         self.train, self.held_out = np.flatnonzero(moves & (episode < self.n_train)), np.flatnonzero(moves & (episode >= self.n_train))
         self.episode, self.order = episode, np.random.default_rng([args.seed, 7]).permutation(self.n_train)
         for count in args.labelled_episodes:
@@ -242,7 +253,8 @@ class Dataset:
     def labelled(self, count: str) -> np.ndarray:
         """Rows t, with a true action, of the labelled episodes."""
         chosen = self.order if count == "all" else self.order[: int(count)]
-        return self.train[np.isin(self.episode[self.train], chosen)]
+        acted = np.flatnonzero(np.arange(len(self.episode)) < self.last)
+        return acted[np.isin(self.episode[acted], chosen)]
 
     def observe(self, rows: np.ndarray, stack: int) -> Tensor:
         """Observation o_t: frames t-stack+1..t (the first is repeated before an episode's start). (B, 3*stack, H, W) uint8, channels-last."""
@@ -346,7 +358,7 @@ class EmbeddingFDM(nn.Module):
 
 
 class PictureFDM(nn.Module):
-    """Forward model of pictures: (x_t, z) -> standardised change x_{t+1} - x_t (B, 3, H, W). Conv encoder, z on its channels, mirrored decoder."""
+    """Forward model of pictures: (x_t, z) -> standardised change of x (B, 3, H, W). Conv encoder, z on its channels, upsampling decoder."""
 
     def __init__(self, channels: int, args: Args):
         super().__init__()
@@ -355,9 +367,8 @@ class PictureFDM(nn.Module):
         self.mix = nn.Conv2d(args.widths[-1] + args.latent_dim, args.widths[-1], 1)
         layers, strides = [], [args.stem] + [2] * (len(args.widths) - 1)
         for width, out, stride in zip(args.widths[::-1], (*args.widths[-2::-1], 3), strides[::-1]):
-            layers += [ResBlock(width) for _ in range(args.res_blocks)] + [nn.ReLU6()]
-            layers += [nn.Conv2d(width, out * stride**2, 1), nn.PixelShuffle(stride)]  # a transposed conv without overlap, 2x faster on CPU
-        self.decoder = nn.Sequential(*layers)
+            layers += [nn.ReLU6(), nn.Conv2d(width, out * stride**2, 1), nn.PixelShuffle(stride)]  # a transposed conv without overlap
+        self.decoder = nn.Sequential(*(ResBlock(args.widths[-1]) for _ in range(args.res_blocks)), *layers)
 
     def forward(self, start: Tensor, z: Tensor) -> Tensor:
         if self.dropout == 1:
@@ -387,7 +398,7 @@ class LAM(nn.Module):
     def fit_statistics(self, data: Dataset) -> None:
         """Mean and std of target and change, per embedding dimension or colour, over (a sample of) the training transitions."""
         rows = np.sort(np.random.default_rng(0).permutation(data.train)[:10_000])
-        now, after = target_picture(data, rows, self.args), target_picture(data, rows + 1, self.args)
+        now, after = target_picture(data, rows, self.args), target_picture(data, rows + self.args.frame_gap, self.args)
         change = after - now
         axes = 0 if now.ndim == 2 else (0, 2, 3)
         for prefix, values in (("", now), ("change_", change)):
@@ -466,7 +477,9 @@ class Probes:
         self.rows = [np.sort(rng.permutation(split)[:10_000]) for split in (data.train, data.held_out)]
         self.data, columns = data, data.columns
         self.actions = [columns["actions"][rows].double().cpu().numpy() for rows in self.rows]
-        self.states = [(columns["states"][rows + 1] - columns["states"][rows])[:, :18].double().cpu().numpy() for rows in self.rows]
+        self.states = [
+            (columns["states"][rows + args.frame_gap] - columns["states"][rows])[:, :18].double().cpu().numpy() for rows in self.rows
+        ]
         self.leaks = data.meta["env"]["videos"] != CLEAN_DATA
         if self.leaks:
             now, change = zip(*(self.background(rows) for rows in self.rows))
@@ -477,9 +490,9 @@ class Probes:
         """The frame, and the change of the background alone, both as mean colours of grid x grid cells: two float64 (N, 3 * grid^2)."""
         pooled, changes = [], []
         for k in range(0, len(rows), 500):
-            part, columns = rows[k : k + 500], self.data.columns
-            now, after = (to_float(columns["frames"][r].permute(0, 3, 1, 2)) for r in (part, part + 1))
-            seen = ((columns["segments"][part] == 0) & (columns["segments"][part + 1] == 0))[:, None].float()
+            part, columns, gap = rows[k : k + 500], self.data.columns, self.args.frame_gap
+            now, after = (to_float(columns["frames"][r].permute(0, 3, 1, 2)) for r in (part, part + gap))
+            seen = ((columns["segments"][part] == 0) & (columns["segments"][part + gap] == 0))[:, None].float()
             area = F.adaptive_avg_pool2d(seen, self.grid)
             change = F.adaptive_avg_pool2d((after - now) * seen, self.grid) / area.clamp_min(1e-6) * (area > 0.25)
             pooled.append(F.adaptive_avg_pool2d(now, self.grid).flatten(1).cpu())
@@ -506,9 +519,9 @@ class Probes:
 
 @torch.no_grad()
 def encode(idm: IDM, data: Dataset, args: Args, rows: np.ndarray) -> Tensor:
-    """Latent actions of the transitions rows -> rows + 1 (k = 1). (N, latent_dim) float32"""
+    """Latent actions of the transitions rows -> rows + frame_gap (k = 1). (N, latent_dim) float32"""
     parts = [rows[k : k + 512] for k in range(0, len(rows), 512)]
-    return torch.cat([idm(data.observe(r, args.frame_stack), data.observe(r + 1, 1)) for r in parts]).float()
+    return torch.cat([idm(data.observe(r, args.frame_stack), data.observe(r + args.frame_gap, 1)) for r in parts]).float()
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -655,16 +668,16 @@ def train(
 
 def train_lam(run: Run) -> LAM:
     """Stage 1: IDM and FDM together, from frames alone. Returns the frozen LAM."""
-    args, data = run.args, run.data
+    args, data, gap = run.args, run.data, run.args.frame_gap
     torch.manual_seed(args.seed)
     lam = LAM(data, args).to(run.device, memory_format=torch.channels_last)
     lam.fit_statistics(data)
 
     def make(rng: np.random.Generator) -> tuple:
         rows = rng.choice(data.train, args.batch_size)
-        ahead = np.minimum(rows + rng.integers(1, args.idm_horizon + 1, args.batch_size), data.last[rows])
-        weight = (data.columns["segments"][rows + 1] == 2)[:, None].float() if args.target == "masked" else None
-        target = target_picture(data, rows, args), target_picture(data, rows + 1, args)
+        ahead = np.minimum(rows + gap * rng.integers(1, args.idm_horizon + 1, args.batch_size), data.last[rows])
+        weight = (data.columns["segments"][rows + gap] == 2)[:, None].float() if args.target == "masked" else None
+        target = target_picture(data, rows, args), target_picture(data, rows + gap, args)
         return data.observe(rows, args.frame_stack), data.observe(ahead, 1), *target, weight
 
     probes = Probes(data, args)
@@ -708,10 +721,14 @@ def train_decoder(run: Run, policy: Head) -> nn.ModuleDict:
     decoders = nn.ModuleDict({count: Decoder(args.latent_dim) for count in args.labelled_episodes}).to(run.device)
     sets = {}
     for count in args.labelled_episodes:
-        rows = data.labelled(count)
+        rows = np.tile(data.labelled(count), args.decoder_shifts)
+        shifts = torch.from_numpy(np.random.default_rng([args.seed, 3]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))).to(run.device)
+        latents = []
         with torch.no_grad():
-            parts = [rows[k : k + 512] for k in range(0, len(rows), 512)]
-            latents = torch.cat([policy(to_float(data.observe(part, args.frame_stack))) for part in parts]).float()
+            for k in range(0, len(rows), 512):
+                frames = data.observe(rows[k : k + 512], args.frame_stack)
+                latents.append(policy(to_float(random_shift(frames, shifts[k : k + 512], args.max_shift))).float())
+        latents = torch.cat(latents)
         sets[count] = latents, data.columns["actions"][rows], args.decoder_noise * latents.std(0)
 
     def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -832,7 +849,17 @@ def curves(folder: Path) -> None:
 def parse_args(arguments: list[str]) -> Args:
     preset, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in PRESETS else ("quick", arguments)
     args = tyro.cli(Args, default=PRESETS[preset], args=rest, description=__doc__, prog=f"lam_vlm.py [{'|'.join(PRESETS)}]")
-    least = {"latent_dim": 1, "idm_horizon": 1, "frame_stack": 1, "lam_updates": 1, "bc_updates": 1, "decoder_updates": 1, "batch_size": 1}
+    least = {
+        "latent_dim": 1,
+        "frame_gap": 1,
+        "decoder_shifts": 1,
+        "idm_horizon": 1,
+        "frame_stack": 1,
+        "lam_updates": 1,
+        "bc_updates": 1,
+        "decoder_updates": 1,
+        "batch_size": 1,
+    }
     for name, bound in (least | {"log_every": 1, "max_shift": 0, "stem": 1, "res_blocks": 0, "seed": 0}).items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')} must be at least {bound}")
@@ -866,7 +893,7 @@ def open_run(args: Args) -> Run:
     identity = json.loads(json.dumps({key: value for key, value in asdict(args).items() if key not in free}))
     path = folder / "args.json"
     if path.exists():
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         changed = [f"{key}: {stored.get(key)} there, {value} here" for key, value in identity.items() if stored.get(key) != value]
         if changed:
             fail(f"{folder} is a run with other arguments ({'; '.join(changed)}); choose another --out")
@@ -902,18 +929,18 @@ def summarise(run: Run) -> None:
 
 def main(args: Args) -> None:
     run = open_run(args)
-    lam = policy = None
+    lam = None
 
     # stage 1: a latent action model from frames alone
     if args.method == "lapo":
         lam = train_lam(run)
 
     # stage 2: a policy that predicts latent actions from distracted frames (or true ones, --method bc)
-    if "bc" in args.stages:
+    if {"bc", "decoder"} & set(args.stages):
         policy = train_bc(run, lam)
 
     # stage 3: true actions from the policy's latents, learnt from a handful of labelled episodes
-    if "decoder" in args.stages and policy is not None:
+    if "decoder" in args.stages:
         train_decoder(run, policy)
 
     summarise(run)
