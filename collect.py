@@ -231,10 +231,10 @@ class DistractingMetaWorld(gymnasium.Env):
 
     A pixel is background where the camera sees nothing or the floor: where its depth equals the empty room's. Per episode one clip, start
     frame and direction are drawn; one video frame passes per step, forwards and backwards in turn. Observation: uint8 (size, size, 3),
-    upright. `info`: state float32 (39,), success (at any step so far), clean (the twin frame), mask (bool, True where any background is seen),
+    upright. `info`: state float32 (39,), success (at any step so far), clean (the twin), mask (bool, True where any background is seen),
     clip, clip_frame, episode, goal. Outside the mask observation and twin are equal.
 
-    task: a MetaWorld name without "-v3"; videos: generated, davis, none or a path (see `Clips`); split: "train" or "test", which have no clip
+    task: a MetaWorld name without "-v3"; videos: generated, davis, none or a path (see `Clips`); split: "train" or "test", with no clip
     and no goal in common; camera_distance: metres that the camera is moved backward; max_steps: the episode's limit (500 at most).
     `reset(options={"episode": e, "goal": g})` picks an episode, and a goal other than the episode's own. Unknown names end the program
     with one line.
@@ -722,9 +722,7 @@ def expert_episode(env: DistractingMetaWorld, slot: int, noise: float, after_suc
         if info["success"]:
             kinds = {"rewards": np.float32, "success": np.bool_, "episode": np.int32, "step": np.int16, "video": np.int32}
             return {name: np.asarray(values, kinds.get(name)) for name, values in rows.items()}, attempt
-    fail(
-        f"the expert of {env.task} failed {MAX_ATTEMPTS} times in a row on episode {slot}: less --noise, or more --max-steps than {env.max_steps}"
-    )
+    fail(f"the expert of {env.task} failed {MAX_ATTEMPTS} times on episode {slot}: less --noise, or more --max-steps than {env.max_steps}")
 
 
 def collect_shard(folder: Path, env_args: dict, noise: float, after_success: int, slots: range) -> dict:
@@ -824,7 +822,8 @@ def collect(args: Args, out: Path) -> dict:
     size = sum(file.stat().st_size for file in out.rglob("*.npy"))
     background = sum(f["background"] * f["frames"] for f in facts) / frames
     speed = f"{new_frames / (time.time() - start):.0f} frames/s" if jobs else "nothing left to do"
-    print(f"{out}: {total} episodes, {frames} frames, expert success {total / (total + dropped):.1%}, background {background:.0%} of the area, "
+    expert = total / (total + dropped)
+    print(f"{out}: {total} episodes, {frames} frames, expert success {expert:.1%}, background {background:.0%} of the area, "
           f"{size / 2**20:.0f} MiB, {speed}")  # fmt: skip
     return meta
 
@@ -902,11 +901,14 @@ OBJECTS = {
     "button-press": "button", "button-press-topdown": "button", "button-press-topdown-wall": "button", "button-press-wall": "button",
     "coffee-button": "coffee machine", "coffee-pull": "mug", "coffee-push": "mug", "dial-turn": "dial", "disassemble": "nut and peg",
     "door-close": "door", "door-lock": "door lock", "door-open": "door", "door-unlock": "door lock", "drawer-close": "drawer",
-    "drawer-open": "drawer", "faucet-close": "faucet", "faucet-open": "faucet", "hammer": "hammer and nail", "hand-insert": "block and hole",
+    "drawer-open": "drawer", "faucet-close": "faucet", "faucet-open": "faucet", "hammer": "hammer and nail",
+    "hand-insert": "block and hole",
     "handle-press": "handle", "handle-press-side": "handle", "handle-pull": "handle", "handle-pull-side": "handle", "lever-pull": "lever",
-    "peg-insert-side": "peg and box", "peg-unplug-side": "plug", "pick-out-of-hole": "puck", "pick-place": "puck", "pick-place-wall": "puck",
+    "peg-insert-side": "peg and box", "peg-unplug-side": "plug", "pick-out-of-hole": "puck", "pick-place": "puck",
+    "pick-place-wall": "puck",
     "plate-slide": "plate", "plate-slide-back": "plate", "plate-slide-back-side": "plate", "plate-slide-side": "plate", "push": "puck",
-    "push-back": "block", "push-wall": "puck", "reach": "puck", "reach-wall": "puck", "shelf-place": "block and shelf", "soccer": "ball and goal",
+    "push-back": "block", "push-wall": "puck", "reach": "puck", "reach-wall": "puck", "shelf-place": "block and shelf",
+    "soccer": "ball and goal",
     "stick-pull": "stick and mug", "stick-push": "stick and mug", "sweep": "block", "sweep-into": "block", "window-close": "window",
     "window-open": "window",
 }

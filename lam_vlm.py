@@ -47,7 +47,7 @@ class Args:
     method: Literal["lapo", "bc"] = "lapo"
     """lapo: the three stages; bc: behaviour cloning of the true actions of the labelled episodes"""
     target: Literal["pixels", "clean", "masked", "embedding"] = "embedding"
-    """what the forward model predicts: next frame (LAPO), next twin frame, the robot's pixels of the next frame (MaskLAM), next embedding"""
+    """what the forward model predicts of the next frame: it (LAPO), its twin, the robot's pixels of it (MaskLAM), its embedding"""
     encoder: str = "oracle_best"
     """target embedding: key of the embeddings to predict, or an unambiguous beginning of it"""
     fdm_input: Literal["target", "pixels"] = "target"
@@ -112,7 +112,8 @@ class Args:
 
 QUICK = Args()
 PAPER = replace(
-    QUICK, data="data/paper", labelled_episodes=("32",), latent_dim=128, widths=(96, 192, 192), res_blocks=2, stem=2, fdm_hidden=1024, fdm_dropout=0.0,
+    QUICK, data="data/paper", labelled_episodes=("32",), latent_dim=128, widths=(96, 192, 192), res_blocks=2, stem=2,
+    fdm_hidden=1024, fdm_dropout=0.0,
     lam_updates=100_000, bc_updates=100_000, batch_size=512, lr=1e-4, decoder_lr=3e-4, weight_decay=0.0, probe_fraction=0.02, log_every=500,
 )  # fmt: skip
 PRESETS = {"quick": QUICK, "paper": PAPER}
@@ -168,8 +169,8 @@ class Column:
 class Dataset:
     """The columns a run needs, and which rows it may use for what.
 
-    transitions: rows t whose row t + frame_gap is a frame of the same episode; `train` and `held_out` split them by episode, `labelled(n)` gives the
-    frames of n training episodes a task, drawn by the seed. `first` and `last` are the bounds of each row's episode.
+    transitions: rows t whose row t + frame_gap is a frame of the same episode; `train` and `held_out` split them by episode, `labelled(n)`
+    gives the frames of n training episodes a task, drawn by the seed. `first` and `last` are the bounds of each row's episode.
     """
 
     def __init__(self, args: Args, device: torch.device):
@@ -209,9 +210,7 @@ class Dataset:
         episode = np.concatenate([np.asarray(part) for part in self.columns["episode"].parts])
         for name, column in self.columns.items():
             if column.ends[-1] != len(episode):
-                fail(
-                    f"{name}.npy has {column.ends[-1]} rows in {root}, episode.npy {len(episode)}; damaged: collect it again in another --out"
-                )
+                fail(f"{name}.npy has {column.ends[-1]} rows in {root}, episode.npy {len(episode)}; damaged: collect it again")
         task_of = np.repeat([tasks.index(fact["shard"].split("/")[0]) for fact in shards], [fact["frames"] for fact in shards])
         self.group = task_of.astype(np.int64) * (episode.max() + 1) + episode  # one number an episode, over all tasks
         starts = np.flatnonzero(np.diff(self.group, prepend=-1))
@@ -257,7 +256,7 @@ class Dataset:
         return acted[np.isin(self.episode[acted], chosen)]
 
     def observe(self, rows: np.ndarray, stack: int) -> Tensor:
-        """Observation o_t: frames t-stack+1..t (the first is repeated before an episode's start). (B, 3*stack, H, W) uint8, channels-last."""
+        """Observation o_t: frames t-stack+1..t, the first repeated before an episode's start. (B, 3*stack, H, W) uint8, channels-last."""
         rows = np.maximum(rows[:, None] + np.arange(1 - stack, 1), self.first[rows][:, None])  # (B, stack)
         frames = self.columns["frames"][rows.reshape(-1)]
         b, (h, w) = len(rows), frames.shape[1:3]
@@ -327,7 +326,7 @@ class Head(nn.Module):
 
 
 class IDM(Head):
-    """Inverse dynamics model: (o_t, o_{t+k}) -> z (B, latent_dim). Fed with the difference: the plain pair is not learnt from (DETAIL 1)."""
+    """Inverse dynamics model: (o_t, o_{t+k}) -> z (B, latent_dim). Fed with the difference, DETAIL 1."""
 
     def __init__(self, size: int, args: Args):
         super().__init__(3 * args.frame_stack + 3, args.latent_dim, size, args)
@@ -338,7 +337,7 @@ class IDM(Head):
 
 
 class EmbeddingFDM(nn.Module):
-    """Forward model of embeddings: (e_t, z) -> standardised change e_{t+1} - e_t. MLP blocks, z re-injected into each (LAOM's latent FDM)."""
+    """Forward model of embeddings: (e_t, z) -> standardised change of e. MLP blocks, z re-injected into each (LAOM's latent FDM)."""
 
     def __init__(self, dim: int, size: int, args: Args):
         super().__init__()
@@ -646,9 +645,7 @@ def train(
             if done % args.log_every == 0 or done == updates:
                 mean = total.item() / ((done - 1) % args.log_every + 1)
                 if not np.isfinite(mean):
-                    fail(
-                        f"{stage}: the loss is {mean} near update {done}; the last good checkpoint, if any, is kept in {path}; try a lower --lr"
-                    )
+                    fail(f"{stage}: the loss is {mean} near update {done}; the last good checkpoint, if any, stays; try a lower --lr")
                 total.zero_()
                 bar.set_postfix(loss=f"{mean:.3g}")
                 row = {"loss": mean, "lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / (time.time() - begun)}
