@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, headless rendering chosen once, scripts run as a user runs them, and a tiny data set of the real collect.py."""
+"""Shared by all tests: one thread, scripts run as a user runs them, and a tiny data set made by the real collect.py."""
 
 import hashlib
 import os
