@@ -242,8 +242,8 @@ class DistractingMetaWorld(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, task: str = "drawer-open", videos: str = "generated", split: str = "train", size: int = 64, camera: str = "corner2",
-                 camera_distance: float = 0.0, max_steps: int = 200, seed: int = 0):  # fmt: skip
+    def __init__(self, task: str = "drawer-open", videos: str = "generated", split: str = "train", size: int = 64, camera: str = "corner4",
+                 camera_distance: float = 0.0, max_steps: int = 150, seed: int = 0):  # fmt: skip
         if task not in TASKS:
             fail(nearest(task, TASKS, "task"))
         if camera not in CAMERAS:
@@ -1021,18 +1021,11 @@ def parse_args(arguments: list[str]) -> Args:
             fail(nearest(task, [*TASKS, "mt10"], "task"))
     if args.encoder not in ("oracle", "none"):
         fail(nearest(args.encoder, ["oracle", "none"], "encoder"))
-    for name, least in {
-        "episodes_per_task": 1,
-        "size": 16,
-        "workers": 0,
-        "max_steps": 1,
-        "after_success": 1,
-        "noise": 0,
-        "shard_episodes": 1,
-        "seed": 0,
-    }.items():
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} must be at least {least}")
+    least = dict.fromkeys(("workers", "noise", "seed"), 0) | {"size": 16}
+    least |= dict.fromkeys(("episodes_per_task", "max_steps", "after_success", "shard_episodes"), 1)
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            fail(f"--{name.replace('_', '-')} must be at least {bound}")
     if not 0 <= args.background_kept <= 1:
         fail("--background-kept is a fraction, 0 to 1")
     return args

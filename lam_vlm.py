@@ -846,18 +846,10 @@ def curves(folder: Path) -> None:
 def parse_args(arguments: list[str]) -> Args:
     preset, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in PRESETS else ("quick", arguments)
     args = tyro.cli(Args, default=PRESETS[preset], args=rest, description=__doc__, prog=f"lam_vlm.py [{'|'.join(PRESETS)}]")
-    least = {
-        "latent_dim": 1,
-        "frame_gap": 1,
-        "decoder_shifts": 1,
-        "idm_horizon": 1,
-        "frame_stack": 1,
-        "lam_updates": 1,
-        "bc_updates": 1,
-        "decoder_updates": 1,
-        "batch_size": 1,
-    }
-    for name, bound in (least | {"log_every": 1, "max_shift": 0, "stem": 1, "res_blocks": 0, "seed": 0}).items():
+    least = dict.fromkeys(("max_shift", "res_blocks", "seed"), 0)
+    least |= dict.fromkeys(("latent_dim", "frame_gap", "idm_horizon", "frame_stack", "stem", "batch_size", "log_every"), 1)
+    least |= dict.fromkeys(("lam_updates", "bc_updates", "decoder_updates", "decoder_shifts"), 1)
+    for name, bound in least.items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')} must be at least {bound}")
     if not 0 <= args.fdm_dropout <= 1 or not 0 < args.probe_fraction < 1:
