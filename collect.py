@@ -33,6 +33,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import weakref
 import zipfile
 from collections import OrderedDict
@@ -701,6 +702,7 @@ def expert_episode(env: DistractingMetaWorld, slot: int, noise: float, after_suc
     """
     from metaworld.policies import ENV_POLICY_MAP
 
+    warnings.filterwarnings("ignore", message="Constant")  # the experts' raw actions leave [-1, 1]; they are clipped here
     expert = ENV_POLICY_MAP[f"{env.task}-v3"]()
     for attempt in range(MAX_ATTEMPTS):
         frame, info = env.reset(options={"episode": slot + attempt * 1_000_000})

@@ -572,7 +572,7 @@ def draw_strip(table: list[dict], runs: list[dict], rows: dict[Path, dict], args
             panel.imshow(film[-1 if over else min(round(step / FILM_STRIDE), len(film) - 1)], alpha=0.4 if 0 < success < step else 1)
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set(visible=bool(over), color=GOOD, linewidth=2)
-            if line is axes[0]:
+            if line[0] is axes[0, 0]:
                 panel.set_title(f"step {step}", fontsize=8)
         outcome, colour = (f"✓ success at step {success}", GOOD) if success else ("✗ no success", BAD)
         line[0].text(-0.08, 0.62, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
