@@ -158,7 +158,7 @@ def find_runs(names: Sequence[str]) -> list[dict]:
             continue
         run = read_json(folder / "args.json", "data") | read_json(folder / "summary.json", "arm", "seed", "tasks", "stages")
         run |= {"name": folder.resolve().name, "dir": folder}
-        run["policy"] = "policy_hash" in run and ("bc" if "lam" not in run["stages"] else "decoder") in run["stages"]
+        run["policy"] = bool(run.get("policy_hash"))  # of each label budget
         run["labelled_episodes"] = sorted(map(str, run.get("labelled_episodes", ())), key=budget_order)
         for other in runs.values():  # a row of the table may not mix runs that only share a name
             shared = all(set(run[key]) & set(other[key]) for key in ("tasks", "labelled_episodes"))
@@ -202,7 +202,7 @@ def read_rollouts(run: dict) -> dict[tuple, dict]:
             rows[row_key(row)] = row
     except (ValueError, csv.Error) as error:
         raise SystemExit(f"eval.py: {path} is damaged ({error}); move it away and its episodes are rolled out again") from None
-    fresh = {key: row for key, row in rows.items() if row["policy_hash"] == run["policy_hash"]}
+    fresh = {key: row for key, row in rows.items() if row["policy_hash"] == run["policy_hash"].get(row["labelled"])}
     if len(fresh) < len(rows):
         print(f"{path}: dropped {len(rows) - len(fresh)} episodes of an older policy")
         for film in (run["dir"] / "rollouts").glob("*_seed*"):
@@ -285,7 +285,7 @@ def roll_out_block(block: Block) -> tuple[list[dict], dict[int, np.ndarray]]:
     """
     torch.set_num_threads(1)  # the processes share the cores
     run, args = block.run, block.args
-    policy = make_policy(str(run["dir"]), run["policy_hash"], block.labelled, args.device)
+    policy = make_policy(str(run["dir"]), run["policy_hash"][block.labelled], block.labelled, args.device)
     lanes = {episode: episode % args.envs for episode in block.episodes}
     envs = {lane: make_env(block.task, block.env, args.seed, lane) for lane in lanes.values()}
     rows, films, returns, frames = {}, {}, defaultdict(float), None
@@ -309,7 +309,7 @@ def roll_out_block(block: Block) -> tuple[list[dict], dict[int, np.ndarray]]:
             if episode in block.filmed and (step % FILM_STRIDE == 0 or success or truncated):
                 films[episode].append(frame)
             if success or truncated:
-                end = (str(int(success)), str(step) if success else "", f"{returns[episode]:.6g}", run["policy_hash"])
+                end = (str(int(success)), str(step) if success else "", f"{returns[episode]:.6g}", run["policy_hash"][block.labelled])
                 rows[episode] |= dict(zip(COLUMNS[-4:], end, strict=True))
                 del lanes[episode]
     return list(rows.values()), {episode: np.stack(films[episode]) for episode in block.filmed}
@@ -335,7 +335,8 @@ def plan_blocks(run: dict, rows: dict[tuple, dict], args: Args) -> list[Block]:
 
 
 def film_path(run: dict, task: str, seed: int, episode: int) -> Path:
-    return run["dir"] / "rollouts" / f"{task}_seed{seed}_episode{episode}.npy"
+    """Films are of the lowest label budget; one with a lower budget may come later."""
+    return run["dir"] / "rollouts" / f"{task}_labelled{run['labelled_episodes'][0]}_seed{seed}_episode{episode}.npy"
 
 
 def save_film(path: Path, film: np.ndarray) -> None:

@@ -53,7 +53,7 @@ class Args:
     fdm_input: Literal["target", "pixels"] = "target"
     """what the forward model starts from: the target's representation of the current frame, or the distracted frame itself"""
     labelled_episodes: tuple[str, ...] = ("4",)
-    """label budgets: episodes a task whose true actions may be used, or `all`; a decoder is trained for each"""
+    """label budgets: episodes a task whose true actions may be used, or `all`; each has its decoder, and may be added later"""
     latent_dim: int = 16
     """dimensions of the latent action z"""
     frame_gap: int = 1
@@ -621,7 +621,7 @@ def train(
         schedule.load_state_dict(checkpoint["schedule"])
         print(f"{stage}: goes on at update {start}")
     run.log.rewind(stage, start)
-    number = {"lam": 1, "bc": 2, "decoder": 3}[stage]
+    number = {"lam": 1, "bc": 2}.get(stage, 3)
 
     def save(update: int) -> None:
         state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
@@ -711,36 +711,28 @@ def train_bc(run: Run, lam: LAM | None) -> Head:
     return policy.eval().requires_grad_(False)
 
 
-def train_decoder(run: Run, policy: Head) -> nn.ModuleDict:
-    """Stage 3: one decoder a label budget, from the frozen policy's latents to true actions; noise on the latents widens their support."""
+def train_decoder(run: Run, policy: Head, count: str) -> Decoder:
+    """Stage 3: from the frozen policy's latents to the true actions of `count` labelled episodes, with noise on the latents."""
     args, data = run.args, run.data
     torch.manual_seed(args.seed + 2)
-    decoders = nn.ModuleDict({count: Decoder(args.latent_dim) for count in args.labelled_episodes}).to(run.device)
-    sets = {}
-    for count in args.labelled_episodes:
-        rows = np.tile(data.labelled(count), args.decoder_shifts)
-        shifts = torch.from_numpy(np.random.default_rng([args.seed, 3]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))).to(run.device)
-        latents = []
-        with torch.no_grad():
-            for k in range(0, len(rows), 512):
-                frames = data.observe(rows[k : k + 512], args.frame_stack)
-                latents.append(policy(to_float(random_shift(frames, shifts[k : k + 512], args.max_shift))).float())
-        latents = torch.cat(latents)
-        sets[count] = latents, data.columns["actions"][rows], args.decoder_noise * latents.std(0)
+    decoder = Decoder(args.latent_dim).to(run.device)
+    rows = np.tile(data.labelled(count), args.decoder_shifts)
+    shifts = torch.from_numpy(np.random.default_rng([args.seed, 3]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))).to(run.device)
+    with torch.no_grad():
+        parts = [slice(k, k + 512) for k in range(0, len(rows), 512)]
+        shifted = (random_shift(data.observe(rows[part], args.frame_stack), shifts[part], args.max_shift) for part in parts)
+        latents = torch.cat([policy(to_float(frames)).float() for frames in shifted])
+    actions, noise = data.columns["actions"][rows], args.decoder_noise * latents.std(0)
 
-    def make(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        return {count: rng.integers(len(latents), size=args.batch_size) for count, (latents, _, _) in sets.items()}
+    def make(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        pick = torch.from_numpy(rng.integers(len(rows), size=args.batch_size)).to(run.device)
+        return latents[pick], actions[pick]
 
-    def loss_of(picks: dict[str, np.ndarray]) -> Tensor:
-        losses = []
-        for count, (latents, actions, noise) in sets.items():
-            pick = torch.from_numpy(picks[count]).to(run.device)
-            z = latents[pick]
-            losses.append(F.mse_loss(decoders[count](z + noise * torch.randn_like(z)), actions[pick]))
-        return torch.stack(losses).sum()
+    def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(decoder(batch[0] + noise * torch.randn_like(batch[0])), batch[1])
 
-    train(run, "decoder", decoders, args.decoder_updates, args.decoder_lr, make, loss_of)
-    return decoders.eval()
+    train(run, f"decoder_{count}", decoder, args.decoder_updates, args.decoder_lr, make, loss_of)
+    return decoder.eval()
 
 
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Callable[[np.ndarray], np.ndarray]:
@@ -758,17 +750,17 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
     need = ("bc",) if args.method == "bc" else ("bc", "decoder")
     if not set(need) <= set(summary["stages"]):
         fail(f"{folder} has no policy yet, only stage {' '.join(summary['stages'])}; run lam_vlm.py with all --stages")
-    labelled = labelled or args.labelled_episodes[0]
-    if labelled not in args.labelled_episodes:
-        fail(f"{folder} has no decoder for {labelled} labelled episodes; it has {', '.join(args.labelled_episodes)}")
+    budgets = summary["labelled_episodes"]
+    labelled = labelled or budgets[0]
+    if labelled not in budgets:
+        fail(f"{folder} has no decoder for {labelled} labelled episodes; it has {', '.join(budgets)}")
     identity = {"run": summary["identity"]}
     policy = Head(3 * args.frame_stack, 4 if args.method == "bc" else args.latent_dim, summary["size"], args)
     policy.load_state_dict(load_checkpoint(folder / "bc.pt", identity, "cpu")["module"])
     decoder = nn.Identity()
     if args.method == "lapo":
-        decoders = nn.ModuleDict({count: Decoder(args.latent_dim) for count in args.labelled_episodes})
-        decoders.load_state_dict(load_checkpoint(folder / "decoder.pt", identity, "cpu")["module"])
-        decoder = decoders[labelled]
+        decoder = Decoder(args.latent_dim)
+        decoder.load_state_dict(load_checkpoint(folder / f"decoder_{labelled}.pt", identity, "cpu")["module"])
     network = nn.Sequential(policy, decoder).eval().to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -817,6 +809,12 @@ def pick_device(wanted: str) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
+def stage_order(stage: str) -> tuple:
+    """lam, bc, decoder_2, decoder_16, decoder_all"""
+    count = stage.removeprefix("decoder_")
+    return stage != "lam", stage != "bc", not count.isdecimal(), int(count) if count.isdecimal() else 0
+
+
 def curves(folder: Path) -> None:
     """curves.png: loss of each stage, and the probes over stage 1."""
     import matplotlib
@@ -825,7 +823,7 @@ def curves(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    stages = [stage for stage in ("lam", "bc", "decoder") if any(row["stage"] == stage for row in rows)]
+    stages = sorted({row["stage"] for row in rows}, key=stage_order)
     probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak probe R²", "state_probe_r2": "state probe R²"}
     figure, axes = plt.subplots(1, len(stages) + 1, figsize=(3.2 * (len(stages) + 1), 2.6), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages):
@@ -879,6 +877,7 @@ def open_run(args: Args) -> Run:
     except OSError:
         fail(f"another process is writing {folder}; wait for it, or choose another --out")
     free = {"stages", "device", "resident", "out", "arm"}  # these do not change what a stage computes
+    free |= {"labelled_episodes"} if args.method == "lapo" else set()  # each budget has its decoder, stages 1 and 2 are shared
     identity = json.loads(json.dumps({key: value for key, value in asdict(args).items() if key not in free}))
     path = folder / "args.json"
     if path.exists():
@@ -895,17 +894,30 @@ def summarise(run: Run) -> None:
     """summary.json and curves.png of the stages that are done."""
     from importlib.metadata import version
 
-    args, stages, digest = run.args, {}, hashlib.sha256()
-    for stage in ("lam", "bc", "decoder"):
+    args, stages, digests = run.args, {}, {}
+    for stage in ("lam", "bc", *sorted((path.stem for path in run.folder.glob("decoder_*.pt")), key=stage_order)):
         checkpoint = load_checkpoint(run.folder / f"{stage}.pt", run.identity, "cpu")
-        if checkpoint is None or checkpoint["update"] < getattr(args, f"{stage}_updates"):
+        if checkpoint is None or checkpoint["update"] < getattr(args, f"{stage.split('_')[0]}_updates"):
             continue
-        stages[stage] = {"seconds": round(checkpoint["seconds"], 1), "parameters": sum(w.numel() for w in checkpoint["module"].values())}
-        stages[stage]["updates_per_second"] = round(checkpoint["update"] / max(checkpoint["seconds"], 1e-9), 2)
-        for name, weight in checkpoint["module"].items():
-            digest.update(name.encode() + weight.float().numpy().tobytes())
-    summary = {"arm": args.arm, "seed": args.seed, "tasks": args.tasks, "labelled_episodes": args.labelled_episodes, "stages": list(stages)}
-    summary |= run.probes | {"per_stage": stages, "policy_hash": digest.hexdigest()[:16], "identity": run.identity["run"]}
+        weights, seconds = checkpoint["module"], checkpoint["seconds"]
+        stages[stage] = {"seconds": round(seconds, 1), "updates_per_second": round(checkpoint["update"] / max(seconds, 1e-9), 2)}
+        stages[stage]["parameters"] = sum(weight.numel() for weight in weights.values())
+        digests[stage] = hashlib.sha256(b"".join(name.encode() + w.float().numpy().tobytes() for name, w in weights.items())).hexdigest()
+    if args.method == "bc":
+        policies = {args.labelled_episodes[0]: ["bc"]} if "bc" in stages else {}
+    else:  # one policy a label budget, those of earlier commands included
+        policies = {stage.removeprefix("decoder_"): ["bc", stage] for stage in stages if stage.startswith("decoder_")}
+    hashes = {
+        budget: hashlib.sha256("".join(digests[part] for part in parts).encode()).hexdigest()[:16] for budget, parts in policies.items()
+    }
+    summary = {
+        "arm": args.arm,
+        "seed": args.seed,
+        "tasks": args.tasks,
+        "stages": list(dict.fromkeys(name.split("_")[0] for name in stages)),
+    }
+    summary |= {"labelled_episodes": list(policies), "policy_hash": hashes} | run.probes
+    summary |= {"per_stage": stages, "identity": run.identity["run"]}
     summary |= {"data": args.data, "data_hash": run.data.hash, "size": run.data.meta["env"]["size"], "device": str(run.device)}
     summary |= {"dtype": str(run.dtype), "threads": torch.get_num_threads()}
     summary |= {"versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "numpy")}}
@@ -930,7 +942,8 @@ def main(args: Args) -> None:
 
     # stage 3: true actions from the policy's latents, learnt from a handful of labelled episodes
     if "decoder" in args.stages:
-        train_decoder(run, policy)
+        for count in args.labelled_episodes:
+            train_decoder(run, policy, count)
 
     summarise(run)
 

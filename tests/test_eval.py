@@ -89,7 +89,8 @@ def make_run(arm: str, seed: int = 0, tasks=("reach",), labelled=("2",), stages=
     folder = Path("runs") / f"{arm}-s{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     args = {"data": "data/tiny", "tasks": list(tasks), "seed": seed, "labelled_episodes": list(labelled), "arm": arm}
-    summary = {"stages": list(stages), "policy_hash": f"hash{seed}", **summary, **args}
+    hashes = {budget: f"hash{seed}" for budget in labelled} if stages[-1] == ("decoder" if "lam" in stages else "bc") else {}
+    summary = {"stages": list(stages), "policy_hash": hashes, **summary, **args}
     del summary["data"]
     (folder / "args.json").write_text(json.dumps(args))
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -274,12 +275,12 @@ def test_films_hold_what_happened(lab):
     make_run("lapo", labelled=("16", "2"))
     evaluate(media=3)
     assert {path.name for path in Path("runs/lapo-s0/rollouts").iterdir()} == {
-        f"reach_seed0_episode{e}.{end}" for e in range(3) for end in ("gif", "npy")
+        f"reach_labelled2_seed0_episode{e}.{end}" for e in range(3) for end in ("gif", "npy")
     }
-    film = np.load("runs/lapo-s0/rollouts/reach_seed0_episode1.npy", allow_pickle=False)
+    film = np.load("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode1.npy", allow_pickle=False)
     assert film[:, 0, 0, :2].tolist() == [[1, 0], [1, 4], [1, 6]]  # (episode, step), the last one the success
     assert film.shape == (3, 8, 8, 3) and film.dtype == np.uint8
-    assert Path("runs/lapo-s0/rollouts/reach_seed0_episode1.gif").read_bytes()[:3] == b"GIF"
+    assert Path("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode1.gif").read_bytes()[:3] == b"GIF"
 
 
 def test_nothing_is_repeated_and_more_episodes_run_only_the_missing_ones(lab):
@@ -309,18 +310,27 @@ def test_a_missing_film_is_made_again(lab):
     assert len(lab) == 14 and rows_of("lapo-s0") == before
 
 
+def test_a_budget_added_later_keeps_the_rows_of_the_others(lab):
+    make_run("lapo", labelled=("16",))
+    evaluate()
+    make_run("lapo", labelled=("2", "16"))
+    evaluate()
+    assert len(lab) == 24 and [row["labelled"] for row in rows_of("lapo-s0")] == ["2"] * 12 + ["16"] * 12
+    assert Path("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode0.gif").exists(), "films show the lowest budget"
+
+
 def test_rows_of_an_older_policy_are_dropped(lab, capsys):
     make_run("lapo")
     make_run("lapo-clean")
     evaluate()
-    make_run("lapo", policy_hash="new")
-    Path("runs/lapo-s0/rollouts/reach_seed0_episode9.npy").touch()  # a film of the older policy
+    make_run("lapo", policy_hash={"2": "new"})
+    Path("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode9.npy").touch()  # a film of the older policy
     evaluate()
     assert "runs/lapo-s0/rollouts.csv: dropped 12 episodes of an older policy" in capsys.readouterr().out
     assert {row["policy_hash"] for row in rows_of("lapo-s0")} == {"new"} and len(rows_of("lapo-s0")) == 12
     assert {row["policy_hash"] for row in rows_of("lapo-clean-s0")} == {"hash0"}
     assert len(lab) == 36
-    assert not Path("runs/lapo-s0/rollouts/reach_seed0_episode9.npy").exists()
+    assert not Path("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode9.npy").exists()
 
 
 @pytest.mark.parametrize(
