@@ -499,7 +499,10 @@ class Probes:
         return torch.cat(pooled).double().numpy(), torch.cat(changes).double().numpy()
 
     def __call__(self, idm: IDM) -> dict[str, float | list | None]:
-        z = [encode(idm, self.data, self.args, rows).double().cpu().numpy() for rows in self.rows]
+        return self.measure([encode(idm, self.data, self.args, rows).double().cpu().numpy() for rows in self.rows])
+
+    def measure(self, z: list[np.ndarray]) -> dict[str, float | list | None]:
+        """z: latents (N, latent_dim) of self.rows, training and held-out."""
         (a_train, a_test), (s_train, s_test) = self.actions, self.states
         error = ((ridge(z[0], a_train)(z[1]) - a_test) ** 2).mean(0)
         variance = a_test.var(0)
