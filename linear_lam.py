@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -550,10 +551,10 @@ def draw(path: Path) -> None:
     )
     memory.set(title="background of variance .7, memory phi:\nencoders fed with differences leak", xlabel="phi")
     scene = np.arange(7)
-    for supervision, fill in ((1.0, BAD), (0.1, "none")):
+    for supervision, fill, size in ((1.0, BAD, 4), (0.1, "none", 8)):
         cases = [replace(BASE, exo_std=2, supervision=supervision, latent_dim=4 + int(d), updates=2000) for d in scene]
         trained = [results[0]["leak"] for results in train(cases, motion=[4] * len(cases))]
-        split.plot(scene, trained, "o", color=BAD, markerfacecolor=fill, markersize=4, label=f"trained, supervision {supervision:g}")
+        split.plot(scene, trained, "o", color=BAD, markerfacecolor=fill, markersize=size, label=f"trained, supervision {supervision:g}")
     split.plot(scene, [split_leak(case, 4) for case in cases], "-", color=BAD, label="closed form")
     split.set(title="4 motion dimensions predict the action,\nscene dimensions hold the rest", xlabel="scene dimensions")
     scales, tests = (
@@ -570,7 +571,7 @@ def draw(path: Path) -> None:
         mlps.errorbar(scales, tests[name].mean(1), half, fmt="o", color=colour, markersize=4, linewidth=1, label=label)
     mlps.set(title="MLP LAMs, nonlinear observations\n(5 seeds, 95 % CI)", xlabel="exo-std")
     for axis in axes.flat:
-        axis.legend(fontsize=7, loc="best")
+        axis.legend(fontsize=7, loc="center left" if axis is weight else "best")
         axis.set_ylim(-0.04, 1.04)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -603,6 +604,10 @@ def draw_bridge(rows: list[dict], agreement: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def parse_args(arguments: list[str]) -> Args:
+    return checked(tyro.cli(Args, args=arguments, description=__doc__, prog="linear_lam.py"))
+
+
 def main(args: Args) -> None:
     if args.data:
         return bridge(args, Path(args.out))
@@ -620,4 +625,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(checked(tyro.cli(Args, description=__doc__)))
+    try:
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:
+        fail("interrupted")

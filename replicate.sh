@@ -1,41 +1,100 @@
 #!/usr/bin/env bash
-# Every command behind the tables of the README, one a cell.
-#   bash replicate.sh quick            the main table at CPU scale: all arms, 3 seeds, 2 and 8 labelled episodes
-#   bash replicate.sh paper            the same arms at the paper's scale (GPU; DAVIS is downloaded)
+# Every command behind the tables and figures of the README, one a cell.
+#   bash replicate.sh quick            the main figure at CPU scale: 3 tasks, 3 seeds, 2, 4 and 8 labelled episodes
+#   bash replicate.sh ablations        one-flag variants on drawer-open, 3 seeds
+#   bash replicate.sh paper            the arms of the main figure at the paper's scale (GPU; DAVIS is downloaded)
 #   bash replicate.sh quick --list     prints the commands instead, one a line, in order
-# What is finished is skipped, what was cut off goes on: run the same line again.
+# What is finished is skipped, what was cut off goes on: run the same line again. JOBS cells train at a time, with one thread each (default: as
+# many as there are cores, one on a GPU); TASKS="push reach" picks other tasks.
 set -euo pipefail
 cd "$(dirname "$0")"
 scale=${1:-quick}
-[[ $scale == quick || $scale == paper ]] || { echo "replicate.sh: unknown scale '$scale'; quick or paper" >&2; exit 1; }
-list=${2:-}
+[[ $scale =~ ^(quick|ablations|paper)$ ]] || { echo "replicate.sh: unknown scale '$scale'; quick, ablations or paper" >&2; exit 1; }
+seeds="0 1 2"
+lam="python lam_vlm.py" data=data/main
+
+case $scale in
+quick) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 4 8" ;;
+ablations) tasks=${TASKS:-drawer-open} budgets="2 4 8" data=data/ablations ;;
+paper)
+  tasks=${TASKS:-reach push pick-place door-open drawer-open drawer-close button-press-topdown peg-insert-side window-open window-close}
+  budgets="16 32" lam="python lam_vlm.py paper" data=data/paper ;;
+esac
 preset=$([[ $scale == paper ]] && echo "paper " || true)
-data=data/$scale
-tasks=${TASKS:-drawer-open}
-[[ $scale == paper ]] && tasks=${TASKS:-reach push pick-place door-open drawer-open drawer-close button-press-topdown peg-insert-side window-open window-close}
-budgets=$([[ $scale == paper ]] && echo "16 32" || echo "2 8")
 
-commands=("python collect.py ${preset}--tasks $tasks --prompt best blind --out $data")
-for task in $tasks; do
-  for seed in 0 1 2; do
-    lam="python lam_vlm.py ${preset}--data $data --tasks $task --seed $seed --labelled-episodes"
-    commands+=("$lam $budgets")                                  # LAPO + embedding (the oracle under the paper's best prompt)
-    commands+=("$lam $budgets --target pixels")                  # LAPO
-    commands+=("$lam all --method bc")                           # ceiling
-    for budget in $budgets; do
-      commands+=("$lam $budget --method bc")                     # floor
-    done
-    commands+=("$lam $budgets --target clean")                   # the twin frame as the target
-    commands+=("$lam $budgets --encoder oracle_blind")           # control: a prompt that names nothing
-    commands+=("$lam $budgets --target masked")                  # MaskLAM
+make_data=("python collect.py ${preset}--tasks $tasks --prompt best blind --out $data")
+cells=()
+if [[ $scale == ablations ]]; then
+  make_data=("python collect.py --tasks $tasks --prompt best positive arm object blind --out $data")
+  for kept in 0.05 0.1 0.2 0.5 1; do make_data+=("python collect.py --tasks $tasks --background-kept $kept --out $data"); done
+  for seed in $seeds; do
+    cell="$lam --data $data --seed $seed --labelled-episodes"
+    for dim in 2 4 128; do cells+=("$cell $budgets --latent-dim $dim --arm z$dim"); done
+    cells+=("$cell $budgets 16 32")                                                 # z 16, the reference, over the label budget
+    for prompt in positive arm object blind; do cells+=("$cell $budgets --encoder oracle_$prompt"); done
+    for kept in 0.05 0.1 0.2 0.5 1; do cells+=("$cell $budgets --encoder oracle-a${kept}_best"); done
+    for k in 3 10; do cells+=("$cell $budgets --idm-horizon $k --arm k$k"); done
+    cells+=("$cell $budgets --fdm-dropout 0 --arm fdm-sees-target")                 # the paper's FDM
+    cells+=("$cell $budgets --fdm-dropout 0 --fdm-input pixels --arm fdm-sees-pixels")
   done
-done
-commands+=("python eval.py ${preset}--out results/$scale")
+else
+  make_data+=("python collect.py ${preset}--tasks $tasks --videos none --encoder none --out $data-clean")
+  for seed in $seeds; do
+    for task in $tasks; do
+      cell="$lam --data $data --tasks $task --seed $seed --labelled-episodes"
+      cells+=("$cell $budgets")                                    # lapo-oracle: the embedding under the paper's best prompt
+      cells+=("$cell $budgets --target pixels")                    # lapo
+      cells+=("$cell all --method bc")                             # bc-all, the ceiling
+      for budget in $budgets; do
+        cells+=("$cell $budget --method bc")                       # bc-few, the floor
+      done
+      cells+=("$cell $budgets --target clean")                     # lapo-clean-target: the twin frame as the target
+      cells+=("${cell/$data/$data-clean} $budgets --target pixels") # lapo-clean-data: no distractors anywhere
+      cells+=("$cell $budgets --encoder oracle_blind")             # control: a prompt that names nothing
+      cells+=("$cell $budgets --target masked")                    # masklam
+    done
+  done
+fi
 
-n=0
-for command in "${commands[@]}"; do
-  n=$((n + 1))
-  if [[ $list == --list ]]; then echo "$command"; continue; fi
-  echo "[$n/${#commands[@]}, $((SECONDS / 60)) min so far] $command"
+if [[ ${2:-} == --list ]]; then
+  printf '%s\n' "${make_data[@]}" "${cells[@]}" "python eval.py ${preset}--out results/$scale"
+  exit
+fi
+
+if [[ -z ${VIRTUAL_ENV:-} ]] && ! python -c "import torch, metaworld" 2> /dev/null; then
+  python3 -m venv .venv
+  . .venv/bin/activate
+  pip install --quiet -r requirements.txt
+fi
+for command in "${make_data[@]}"; do
+  echo "+ $command"
   $command
 done
+
+jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
+[[ $jobs == 1 ]] || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
+mkdir -p runs
+done_file=runs/.replicate.$$ begun=$(date +%s) total=${#cells[@]}
+: > "$done_file"
+trap 'rm -f "$done_file"' EXIT
+export done_file begun total
+train_cell() { # one cell, its progress bars left out; then what remains
+  local facts
+  facts=$($1 2>&1 | tr '\r' '\n' | tail -n 1; exit "${PIPESTATUS[0]}") || { echo "FAILED: $1: $facts" >&2; return 1; }
+  echo "$1" >> "$done_file"
+  local n passed
+  n=$(wc -l < "$done_file") passed=$(($(date +%s) - begun))
+  echo "[$n/$total, $((passed / 60)) min, about $((passed * (total - n) / n / 60)) min to go] $facts"
+}
+export -f train_cell
+printf '%s\n' "${cells[@]}" | xargs -P "$jobs" -d '\n' -I '{}' bash -c 'train_cell "$1"' _ '{}' ||
+  { echo "replicate.sh: some cells failed, see above; the same line goes on" >&2; exit 1; }
+
+mapfile -t runs < <(python - "$data" << 'PY'
+import json, pathlib, sys
+for path in sorted(pathlib.Path("runs").glob("*/summary.json")):
+    if json.loads(path.read_text())["data"] in (sys.argv[1], f"{sys.argv[1]}-clean"):
+        print(path.parent.name)
+PY
+)
+OMP_NUM_THREADS=1 python eval.py ${preset}--out "results/$scale" --runs "${runs[@]}"

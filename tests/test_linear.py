@@ -18,6 +18,7 @@ from linear_lam import (
     linear_latents,
     measures,
     nonlinear,
+    parse_args,
     spearman,
     split_leak,
     train,
@@ -211,6 +212,14 @@ def test_one_case_from_the_command_line(tmp_path):
 def test_bad_arguments_are_named(changes, word):
     with pytest.raises(SystemExit, match=word):
         checked(Args(**changes))
+
+
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in Args.__dataclass_fields__)
+    assert "share of the background that the target keeps" in " ".join(text.replace("│", " ").split())
 
 
 def test_a_missing_data_set_is_named(tmp_path):
