@@ -348,7 +348,8 @@ def bridge(args: Args, folder: Path) -> None:
         target = (
             picture if picture is not None else np.concatenate([np.load(s / "embeddings" / f"{name}.npy") for s in shards]).astype(float)
         )
-        row = {"target": name}
+        about = lam_vlm.read_json(shards[0] / "embeddings" / f"{name}.json") if picture is None else {}
+        row = {"target": name, "label": f"{about['encoder']}: {about['prompt']}" if about else name}
         for variant in ("change", "innovation"):
             z = linear_latents(target, probes.rows, seen, gram, lam_args.latent_dim, variant == "innovation")
             found = probes.measure(z)
@@ -359,7 +360,7 @@ def bridge(args: Args, folder: Path) -> None:
             row |= {"trained_nmse": nmse.mean(), "trained_leak": leak.mean(), "seeds": len(nmse)}
         rows.append(row)
     rows.sort(key=lambda row: row["change_nmse"])
-    columns = list(rows[0])
+    columns = [column for column in rows[0] if column != "label"]
     cell = lambda value: f"{value:.3f}" if isinstance(value, float) else "–" if value is None else str(value)  # noqa: E731
     print(table(columns, [[cell(row[column]) for column in columns] for row in rows]))
     write(
@@ -585,19 +586,22 @@ def draw_bridge(rows: list[dict], agreement: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, measure, label in zip(axes, ("nmse", "leak"), ("action-probe NMSE", "leak R²")):
-        for row in rows:
-            axis.plot(row[f"change_{measure}"], row[f"trained_{measure}"], "o", color=GOOD, markersize=5)
-            name = row["target"].split("_L")[0]
-            axis.annotate(
-                name, (row[f"change_{measure}"], row[f"trained_{measure}"]), fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
+        points = sorted((row[f"trained_{measure}"], row[f"change_{measure}"], row["label"]) for row in rows)
+        span = [max(values) - min(values) for values in list(zip(*points))[:2]]
+        height = -np.inf
+        for y, x, name in points:
+            height = max(y, height + 0.055 * span[0])  # labels one above the other
+            axis.plot(x, y, "o", color=GOOD, markersize=5)
+            grey = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5}
+            axis.annotate(name, (x, y), (x + 0.06 * span[1], height), fontsize=7, va="center", arrowprops=grey)
         axis.set(
             xlabel=f"{label}, linear LAM in closed form",
             ylabel=f"{label}, trained LAM",
             title=f"Spearman {agreement[measure, 'change']:.2f}",
         )
+        axis.set_xlim(right=min(x for _, x, _ in points) + 1.5 * span[1])
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
