@@ -56,6 +56,8 @@ class Args:
     """label budgets: episodes a task whose true actions may be used, or `all`; each has its decoder, and may be added later"""
     latent_dim: int = 16
     """dimensions of the latent action z"""
+    supervision: float = 0.0
+    """weight of an action loss in stage 1, a linear head on z for the transitions of the labelled episodes (LAOM); 0: none"""
     frame_gap: int = 1
     """environment steps between the two frames of a transition: MetaWorld runs at 80 Hz, and a step moves the arm by a third of a pixel"""
     idm_horizon: int = 1
@@ -391,6 +393,7 @@ class LAM(nn.Module):
         for name in ("std", "change_std"):
             self.register_buffer(name, torch.ones(shape))
         self.register_buffer("latent_std", torch.ones(()))
+        self.action_head = nn.Linear(args.latent_dim, 4) if args.supervision else None
         channels = 3 * args.frame_stack if args.fdm_input == "pixels" or args.target in ("pixels", "masked") else 3
         self.fdm = EmbeddingFDM(shape[0], size, args) if args.target == "embedding" else PictureFDM(channels, args)
 
@@ -406,14 +409,18 @@ class LAM(nn.Module):
             getattr(self, f"{prefix}std").copy_(std.clamp_min(0.1 * std.mean() + 1e-6))  # a dimension that never changes is not blown up
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """MSE of the standardised change; masked: over the robot's pixels alone. The target takes no gradient."""
-        now, future, target_now, target_next, weight = batch
+        """MSE of the standardised change; masked: over the robot's pixels alone. The target takes no gradient. Plus the action loss."""
+        now, future, target_now, target_next, weight, *labelled = batch
         z = self.idm(now, future)
         target = ((target_next - target_now - self.change_mean) / self.change_std).detach()
         start = to_float(now) if self.args.fdm_input == "pixels" or target.ndim == 4 and self.args.target != "clean" else None
         start = (target_now - self.mean) / self.std if start is None else start
         error = (self.fdm(start, z) - target) ** 2
-        return error.mean() if weight is None else (error * weight).sum() / (3 * weight.sum()).clamp_min(1)
+        loss = error.mean() if weight is None else (error * weight).sum() / (3 * weight.sum()).clamp_min(1)
+        if labelled:
+            before, after, actions = labelled
+            loss = loss + self.args.supervision * F.mse_loss(self.action_head(self.idm(before, after)), actions)
+        return loss
 
 
 def target_picture(data: Dataset, rows: np.ndarray, args: Args) -> Tensor:
@@ -672,13 +679,18 @@ def train_lam(run: Run) -> LAM:
     torch.manual_seed(args.seed)
     lam = LAM(data, args).to(run.device, memory_format=torch.channels_last)
     lam.fit_statistics(data)
+    labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)
 
     def make(rng: np.random.Generator) -> tuple:
         rows = rng.choice(data.train, args.batch_size)
         ahead = np.minimum(rows + gap * rng.integers(1, args.idm_horizon + 1, args.batch_size), data.last[rows])
         weight = (data.columns["segments"][rows + gap] == 2)[:, None].float() if args.target == "masked" else None
         target = target_picture(data, rows, args), target_picture(data, rows + gap, args)
-        return data.observe(rows, args.frame_stack), data.observe(ahead, 1), *target, weight
+        batch = data.observe(rows, args.frame_stack), data.observe(ahead, 1), *target, weight
+        if args.supervision:
+            rows = rng.choice(labelled, args.batch_size)
+            batch += data.observe(rows, args.frame_stack), data.observe(rows + gap, 1), data.columns["actions"][rows]
+        return batch
 
     probes = Probes(data, args)
     train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, lambda: probes(lam.idm))
@@ -785,13 +797,12 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
 
 
 def default_arm(args: Args, videos: str) -> str:
-    """Name of the method: bc-all, bc-few, lapo, lapo-clean-target, masklam, lapo-<encoder>; with clean data lapo-clean-data."""
+    """Name of the method: bc-all, bc-few, lapo, lapo-clean-target, masklam, lapo-<encoder>; -clean-data; laom if supervised."""
     if args.method == "bc":
         return "bc-all" if args.labelled_episodes == ("all",) else "bc-few"
-    if args.target == "embedding":
-        encoder = args.encoder.split("_L")[0].replace("_", "-")
-        return f"lapo-{encoder.removesuffix('-best')}" + ("-clean-data" if videos == CLEAN_DATA else "")
-    name = {"pixels": "lapo", "clean": "lapo-clean-target", "masked": "masklam"}[args.target]
+    encoder = args.encoder.split("_L")[0].replace("_", "-").removesuffix("-best")
+    name = {"pixels": "lapo", "clean": "lapo-clean-target", "masked": "lapo-masked", "embedding": f"lapo-{encoder}"}[args.target]
+    name = name.replace("lapo", "laom") if args.supervision else "masklam" if args.target == "masked" else name
     return f"{name}-clean-data" if videos == CLEAN_DATA else name
 
 
@@ -853,13 +864,15 @@ def parse_args(arguments: list[str]) -> Args:
     for name, bound in least.items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')} must be at least {bound}")
+    if not args.supervision >= 0:
+        fail("--supervision must be at least 0")
     if not 0 <= args.fdm_dropout <= 1 or not 0 < args.probe_fraction < 1:
         fail("--fdm-dropout is a fraction from 0 to 1, --probe-fraction one between 0 and 1")
     if args.method == "lapo" and args.fdm_input == "pixels" and args.fdm_dropout == 1:
         print("note: --fdm-input pixels changes nothing while --fdm-dropout is 1 (the FDM sees z alone); give a lower one too")
+    if (args.method == "bc" or args.supervision) and len(args.labelled_episodes) != 1:
+        fail("--method bc and --supervision train on one label budget: give one value to --labelled-episodes")
     if args.method == "bc":
-        if len(args.labelled_episodes) != 1:
-            fail("--method bc trains its policy on one label budget: give one value to --labelled-episodes")
         args.stages = ("bc",)
     return args
 
@@ -870,7 +883,7 @@ def open_run(args: Args) -> Run:
     data = Dataset(args, device)
     args.tasks = args.tasks or tuple(data.meta["tasks"])
     args.arm = args.arm or default_arm(args, data.meta["env"]["videos"])
-    budget = f"-{args.labelled_episodes[0]}" if args.arm == "bc-few" else ""
+    budget = f"-{args.labelled_episodes[0]}" if args.arm == "bc-few" or args.supervision else ""
     args.out = args.out or f"runs/{args.arm}{budget}_{'+'.join(args.tasks)}_s{args.seed}"
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -880,7 +893,8 @@ def open_run(args: Args) -> Run:
     except OSError:
         fail(f"another process is writing {folder}; wait for it, or choose another --out")
     free = {"stages", "device", "resident", "out", "arm"}  # these do not change what a stage computes
-    free |= {"labelled_episodes"} if args.method == "lapo" else set()  # each budget has its decoder, stages 1 and 2 are shared
+    if args.method == "lapo" and not args.supervision:
+        free |= {"labelled_episodes"}  # each budget has its decoder, stages 1 and 2 are shared
     identity = json.loads(json.dumps({key: value for key, value in asdict(args).items() if key not in free}))
     path = folder / "args.json"
     if path.exists():

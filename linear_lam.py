@@ -505,7 +505,7 @@ GOOD, BAD = "#009E73", "#D55E00"  # colour-blind-safe
 
 
 def sweep(axis, values: np.ndarray, case_of: Callable[[float], Args], points: np.ndarray, encoders: tuple[str, ...] = ("free",)) -> None:
-    """Lines: the closed form over `values`; dots: at `points`, the training of the lowest loss; crosses: restarts that ended above it."""
+    """Lines: closed form over `values`; dots: at `points`, the training of the lowest loss; crosses: restarts 0.1 above the optimum."""
     for encoder, dash in zip(encoders, ("-", "--")):
         lines = [closed_form(replace(case_of(value), encoder=encoder)) for value in values]
         cases = [replace(case_of(point), encoder=encoder) for point in points]
@@ -517,7 +517,7 @@ def sweep(axis, values: np.ndarray, case_of: Callable[[float], Args], points: np
         optima = [closed_form(case)["loss"] for case in cases]
         stuck = [(point, r["leak"]) for point, results, best in zip(points, trained, optima) for r in results if r["loss"] > best + 0.1]
         if stuck:
-            axis.plot(*zip(*stuck), "x", color="black", markersize=5, label="loss > optimum + 0.1: leak")
+            axis.plot(*zip(*stuck), "x", color="black", markersize=5, label="leak where stuck")
 
 
 def draw(path: Path) -> None:
@@ -572,7 +572,7 @@ def draw(path: Path) -> None:
         mlps.errorbar(scales, tests[name].mean(1), half, fmt="o", color=colour, markersize=4, linewidth=1, label=label)
     mlps.set(title="MLP LAMs, nonlinear observations\n(5 seeds, 95 % CI)", xlabel="exo-std")
     for axis in axes.flat:
-        axis.legend(fontsize=7, loc="center left" if axis is weight else "best")
+        axis.legend(fontsize=7, loc="center right" if axis is weight else "best")
         axis.set_ylim(-0.04, 1.04)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,10 @@ if [[ $scale == ablations ]]; then
     for prompt in positive arm object blind; do cells+=("$cell $budgets --encoder oracle_$prompt"); done
     for kept in 0.05 0.1 0.2 0.5 1; do cells+=("$cell $budgets --encoder oracle-a${kept}_best"); done
     for k in 3 10; do cells+=("$cell $budgets --idm-horizon $k --arm k$k"); done
+    for budget in $budgets; do
+      cells+=("$cell $budget --target pixels --supervision 1")                      # laom: action supervision of stage 1
+      cells+=("$cell $budget --supervision 1")                                      # the same beside the oracle's embedding
+    done
     cells+=("$cell $budgets --fdm-dropout 0 --arm fdm-sees-target")                 # the paper's FDM
     cells+=("$cell $budgets --fdm-dropout 0 --fdm-input pixels --arm fdm-sees-pixels")
   done

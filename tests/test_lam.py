@@ -195,6 +195,27 @@ def test_no_stage_trains_on_held_out_episodes_or_unlabelled_actions(tmp_path, ne
     assert [same(expected[stage], weights(changed[stage])) for stage in ("lam", "bc", "decoder_1")] == [True, True, False]
 
 
+def test_supervision_uses_the_actions_of_labelled_episodes_alone(tmp_path, new_run, dataset):
+    """Stage 1 changes with a labelled action, not with an unlabelled one, and its z then tells the action better."""
+    labelled = dataset(labelled_episodes=("2",)).order[:2]
+    unlabelled = make_data(tmp_path / "unlabelled", lambda name, slot: name in ("actions", "states") and slot not in labelled)
+    seen = make_data(tmp_path / "seen", lambda name, slot: name == "actions" and slot == labelled[0])
+    supervised = dict(supervision=5.0, labelled_episodes=("2",), lam_updates=80, lr=1e-2, log_every=80)
+    run = new_run(**supervised)
+    trained = lam_vlm.train_lam(run)
+    other, changed = (lam_vlm.train_lam(new_run(**supervised, data=data)) for data in (unlabelled, seen))
+    assert same(weights(trained), weights(other)) and not same(weights(trained), weights(changed))
+    assert not same(weights(trained.idm), weights(lam_vlm.train_lam(new_run(**supervised | {"supervision": 0.0})).idm))
+    rows = np.intersect1d(run.data.labelled("2"), run.data.train)
+    batch = run.data.observe(rows, 2), run.data.observe(rows + GAP, 1), run.data.columns["actions"][rows]
+    with torch.no_grad():
+        losses = [
+            float(torch.nn.functional.mse_loss(lam.action_head(lam.idm(*batch[:2])), batch[2]))
+            for lam in (trained, lam_vlm.LAM(run.data, run.args))
+        ]
+    assert losses[0] < 0.7 * losses[1]
+
+
 def test_statistics_are_those_of_the_training_split(new_run, monkeypatch):
     run = new_run(target="embedding")
     lam = what_is_trained(run, monkeypatch)["lam"][0]
@@ -524,6 +545,8 @@ def one_line(error: pytest.ExceptionInfo) -> str:
         ({"encoder": "mode_up"}, ["mode_up", "made_up_L0"]),
         ({"labelled_episodes": ("5",)}, ["5", "1 to 4"]),
         ({"labelled_episodes": ("some",)}, ["some", "all"]),
+        ({"supervision": -1.0}, ["--supervision"]),
+        ({"supervision": 1.0, "labelled_episodes": ("1", "2")}, ["--supervision", "one value"]),
         ({"data": "data/none"}, ["data/none", "python collect.py --out data/none"]),
         ({"method": "bc"}, ["--labelled-episodes"]),
         ({"batch_size": 0}, ["--batch-size"]),
