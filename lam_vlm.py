@@ -282,7 +282,7 @@ def batches(make: Callable[[int], tuple], start: int, stop: int, prefetch: bool)
 
 def to_float(frames: Tensor) -> Tensor:
     """uint8 pictures -> float in [-0.5, 0.5], channels-last."""
-    return (frames.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+    return frames.float().div_(255).sub_(0.5).contiguous(memory_format=torch.channels_last)  # in place: memory is what it costs
 
 
 class ResBlock(nn.Module):
@@ -335,7 +335,7 @@ class IDM(Head):
 
     def forward(self, now: Tensor, future: Tensor) -> Tensor:
         now, future = to_float(now), to_float(future)
-        return super().forward(torch.cat([now, 4 * (future - now[:, -3:])], 1))
+        return super().forward(torch.cat([now, future.sub_(now[:, -3:]).mul_(4)], 1))
 
 
 class EmbeddingFDM(nn.Module):
