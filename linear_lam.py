@@ -32,7 +32,7 @@ import lam_vlm
 
 @dataclass(frozen=True)
 class Args:
-    exo_std: float = 1.0
+    exo_std: float = 2.0
     """std of the background's innovation eta"""
     rho: float = 0.0
     """correlation of a_j with eta_j, -1 to 1"""
@@ -438,9 +438,9 @@ TABLE = {  # name: case; printed by closed form and by both trainings
     "exo-std 2, rho .3": replace(BASE, exo_std=2, rho=0.3),
     "exo-std 2, rho .6": replace(BASE, exo_std=2, rho=0.6),
     "exo-std 2, rho .9": replace(BASE, exo_std=2, rho=0.9),
-    "exo-std 1, rho .3": replace(BASE, rho=0.3),
-    "exo-std 1, rho .6": replace(BASE, rho=0.6),
-    "exo-std 1, rho .9": replace(BASE, rho=0.9),
+    "exo-std 1, rho .3": replace(BASE, exo_std=1, rho=0.3),
+    "exo-std 1, rho .6": replace(BASE, exo_std=1, rho=0.6),
+    "exo-std 1, rho .9": replace(BASE, exo_std=1, rho=0.9),
     "exo-std 4, target-leak 0": replace(BASE, exo_std=4, target_leak=0),
     "exo-std 4, target-leak .2": replace(BASE, exo_std=4, target_leak=0.2),
     "exo-std 4, target-leak .3": replace(BASE, exo_std=4, target_leak=0.3),
@@ -612,10 +612,10 @@ def parse_args(arguments: list[str]) -> Args:
     return checked(tyro.cli(Args, args=arguments, description=__doc__, prog="linear_lam.py"))
 
 
-def main(args: Args) -> None:
+def main(args: Args, whole_study: bool) -> None:
     if args.data:
         return bridge(args, Path(args.out))
-    if replace(args, out=BASE.out) == BASE:
+    if whole_study:
         return study(Path(args.out))
     result = {"closed_form": closed_form(args)}
     for way in ("trained", "minibatch"):
@@ -630,6 +630,6 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:]))
+        main(parse_args(sys.argv[1:]), whole_study=sys.argv[1:2] in ([], ["--out"]))
     except KeyboardInterrupt:
         fail("interrupted")
