@@ -23,6 +23,7 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections import defaultdict
@@ -438,6 +439,19 @@ def probe(runs: list[dict], name: str) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+PROBES = ("action_probe_nmse", "leak_probe_r2", "state_probe_r2")
+
+
+def rank_targets(runs: list[dict]) -> dict[str, list[dict]]:
+    """{method: its runs without a policy}, by their mean action-probe NMSE."""
+    methods = defaultdict(list)
+    for run in runs:
+        if not run["policy"]:
+            methods[run["arm"]].append(run)
+    order = {method: probe(mine, "action_probe_nmse") for method, mine in methods.items()}
+    return dict(sorted(methods.items(), key=lambda item: (order[item[0]] is None, order[item[0]], item[0])))
+
+
 def number(value: float | None, interval: tuple[float, float] | None = None) -> str:
     return ("–" if value is None else f"{value:.2f}") + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
@@ -464,10 +478,10 @@ def make_report(table: list[dict], notes: list[str], runs: list[dict], facts: di
         text += "IQM: mean of the middle half of all runs x tasks. Probes: on held-out episodes, mean over the runs.\n\n"
     if better:
         text += "## Probability of improvement over lapo\n\n" + markdown_table(["method", "labelled", "P [95 % CI]"], better)
-    if probed := [run for run in runs if not run["policy"]]:
-        names = ("action_probe_nmse", "leak_probe_r2", "state_probe_r2")
-        rows = [[run["name"], run["arm"], str(run["seed"]), *(number(probe([run], name)) for name in names)] for run in probed]
-        text += "## Runs without a policy\n\n" + markdown_table(["run", "method", "seed", "probe NMSE", "leak R²", "state R²"], rows)
+    if probed := rank_targets(runs):
+        rows = [[method, *(number(probe(mine, name)) for name in PROBES), str(len(mine))] for method, mine in probed.items()]
+        text += "## Runs without a policy, best target first\n\n"
+        text += markdown_table(["method", "probe NMSE", "leak R²", "state R²", "n runs"], rows)
     if notes:
         text += "## Remarks\n\n" + "".join(f"- {note}\n" for note in notes) + "\n"
     return text + "## Facts\n\n" + "".join(f"- {name}: {value}\n" for name, value in facts.items())
@@ -552,6 +566,32 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     save_figure(figure, path)
 
 
+@plt.rc_context({"axes.grid": False})
+def draw_probes(runs: list[dict], path: Path) -> None:
+    """Heat maps of the action-probe NMSE of all embedding targets: a panel an encoder, prompt x layer and pool, mean over seeds."""
+    cells = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if (about := run.get("embedding")) and run.get("action_probe_nmse") is not None:
+            cells[about["encoder"]][about["prompt"], f"{about['layer']} {about['pool']}"].append(run["action_probe_nmse"])
+    if sum(map(len, cells.values())) < 2:
+        return
+    prompts, places = ({name: list(dict.fromkeys(cell[k] for cell in panel)) for name, panel in cells.items()} for k in (0, 1))
+    size = 3 + sum(0.5 + 0.8 * len(names) for names in places.values()), 1.5 + 0.4 * max(map(len, prompts.values()))
+    ratios = [len(names) + 1 for names in places.values()]
+    figure, axes = plt.subplots(1, len(cells), figsize=size, squeeze=False, width_ratios=ratios, layout="constrained")
+    for axis, (name, panel) in zip(axes[0], cells.items(), strict=True):
+        rows, columns = prompts[name], places[name]
+        grid = np.array([[np.mean(panel[row, column]) if (row, column) in panel else np.nan for column in columns] for row in rows])
+        axis.imshow(grid, vmin=0.4, vmax=1, cmap="viridis_r", aspect="auto")
+        for (y, x), value in np.ndenumerate(grid):
+            if np.isfinite(value):
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.7 else "black")
+        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), [textwrap.shorten(row, 40) for row in rows], fontsize=8)
+        axis.set_title(f"{name}: probe NMSE", fontsize=9)
+    save_figure(figure, path)
+
+
 @plt.rc_context(STYLE | {"axes.grid": False})
 def draw_strip(table: list[dict], runs: list[dict], rows: dict[Path, dict], args: Args, path: Path, columns: int = 8) -> None:
     """One episode (same goal, same background) by each method's first run at its lowest label budget, at the same times."""
@@ -611,8 +651,9 @@ def main(args: Args) -> None:
         table, notes = summarise(scores, runs)
         atomic_write(out / "scores.csv", csv_text(SCORES, scores))
 
-        for name in ("success.png", "leak_vs_success.png", "strip.png"):
+        for name in ("success.png", "leak_vs_success.png", "strip.png", "probes.png"):
             (out / name).unlink(missing_ok=True)  # of other runs; not all of them are drawn each time
+        draw_probes(runs, out / "probes.png")
         if table:
             draw_success(table, out / "success.png")
             draw_leak(table, runs, scores, out / "leak_vs_success.png")

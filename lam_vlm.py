@@ -197,7 +197,7 @@ class Dataset:
         names = ["frames", "segments", "actions", "states", "episode"]
         for name in names + (["clean"] if args.method == "lapo" and args.target == "clean" else []):
             self.columns[name] = Column([folder / f"{name}.npy" for folder in folders], device)
-        facts = {fact["shard"]: fact["sha256"] for fact in shards}
+        facts, self.embedding = {fact["shard"]: fact["sha256"] for fact in shards}, None
         if args.method == "lapo" and args.target == "embedding":
             key = self.find_key(folders, args.encoder)
             files = [folder / "embeddings" / f"{key}.npy" for folder in folders]
@@ -207,7 +207,7 @@ class Dataset:
                     fail(f"{file} was made from other frames than {fact['shard']} holds; delete it and run collect.py again")
                 facts[str(file)] = about["sha256"]
             self.columns["embedding"] = Column(files, device)
-            self.key = key
+            self.embedding = {"key": key} | {name: about.get(name) for name in ("encoder", "prompt", "layer", "pool")}
         self.hash = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         episode = np.concatenate([np.asarray(part) for part in self.columns["episode"].parts])
         for name, column in self.columns.items():
@@ -800,7 +800,7 @@ def default_arm(args: Args, videos: str) -> str:
     """Name of the method: bc-all, bc-few, lapo, lapo-clean-target, masklam, lapo-<encoder>; -clean-data; laom if supervised."""
     if args.method == "bc":
         return "bc-all" if args.labelled_episodes == ("all",) else "bc-few"
-    encoder = args.encoder.split("_L")[0].replace("_", "-").removesuffix("-best")
+    encoder = args.encoder.rsplit("_r", 1)[0].removesuffix("_L0_all").replace("_", "-").removesuffix("-best")  # the oracle's only cell
     name = {"pixels": "lapo", "clean": "lapo-clean-target", "masked": "lapo-masked", "embedding": f"lapo-{encoder}"}[args.target]
     name = name.replace("lapo", "laom") if args.supervision else "masklam" if args.target == "masked" else name
     return f"{name}-clean-data" if videos == CLEAN_DATA else name
@@ -934,7 +934,7 @@ def summarise(run: Run) -> None:
         "stages": list(dict.fromkeys(name.split("_")[0] for name in stages)),
     }
     summary |= {"labelled_episodes": list(policies), "policy_hash": hashes} | run.probes
-    summary |= {"per_stage": stages, "identity": run.identity["run"]}
+    summary |= {"per_stage": stages, "identity": run.identity["run"], "embedding": run.data.embedding}
     summary |= {"data": args.data, "data_hash": run.data.hash, "size": run.data.meta["env"]["size"], "device": str(run.device)}
     summary |= {"dtype": str(run.dtype), "threads": torch.get_num_threads()}
     summary |= {"versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "numpy")}}
