@@ -309,6 +309,12 @@ def test_molmo_gets_the_inputs_of_its_own_processor(tiny_model):
     white, black = (1 - mean) / std, -mean / std
     assert np.allclose(patches[0, :, :11], white, atol=1e-5) and np.allclose(patches[0, :, 13:], black, atol=1e-5)
     assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    caught = []
+    encoder.model.model.register_forward_pre_hook(lambda _, args, kwargs: caught.append(kwargs), with_kwargs=True)
+    run(encoder, grey, PROMPTS)
+    for text, given in zip(PROMPTS, caught, strict=True):
+        assert encoder.tokenizer.decode(given["input_ids"][0, 317:]) == f" User: {text} Assistant:"
+        assert (given["image_masks"][:, 0] == 1).all() and (given["image_masks"][:, 1] == -1).all()
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3"])
@@ -461,7 +467,7 @@ def test_a_native_model_with_a_tensor_missing_is_refused(tiny_model, tmp_path, c
 
 def test_encoders_that_do_not_load_are_one_line(tiny_model, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
-    assert "of type None" in refused(capsys, tmp_path / "empty")
+    assert "does not load" in refused(capsys, tmp_path / "empty")
     (tmp_path / "empty/config.json").write_text('{"model_type": "bert"}')
     assert "'bert'" in refused(capsys, tmp_path / "empty")
     assert "does not load" in refused(capsys, "nobody/no-such-model")  # offline here: not in the hub's cache
@@ -469,6 +475,7 @@ def test_encoders_that_do_not_load_are_one_line(tiny_model, tmp_path, capsys, mo
     for flags, hint in (({"layers": (7,)}, "-4 to 3"), ({"pools": ("cls",)}, "image, text, last, all")):
         assert hint in refused(capsys, tiny_model("llava"), **flags)
     assert "it has mean" in refused(capsys, tiny_model("siglip"), pools=("cls",))
+    assert "it has -1" in refused(capsys, f"otter:{tiny_model('clip')}", layers=(0,))
 
     def needs_torchvision(**_):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found\nin your environment.")
@@ -599,11 +606,14 @@ def test_numbers_too_large_for_float16_are_refused(data, tiny_model, monkeypatch
 def test_the_command_embeds_lists_and_refuses(tiny_data, tiny_model, tmp_path):
     shutil.copytree(tiny_data, tmp_path / "data/tiny")
     flags = [*TINY, "--out", "data/tiny"]
-    made = run_script(
-        "collect.py", *flags, "--encoder", tiny_model("idefics3"), "--layers", -2, -3, "--pools", "text", "last", cwd=tmp_path
-    )
+    cache, commit = tmp_path / "hub/models--someone--idefics3", "0123456789" * 4  # laid out as the hub's client does
+    shutil.copytree(tiny_model("idefics3"), cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    flags += ["--encoder", "someone/idefics3", "--layers", -2, -3, "--pools", "text", "last"]
+    made = run_script("collect.py", *flags, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
     assert made.returncode == 0, made.stderr
-    assert "image/s" in made.stderr and "idefics3_best_L-3_last_r" in made.stdout
+    assert "image/s" in made.stderr and "idefics3_best_L-3_last_r01234567" in made.stdout
     unfinished = next((tmp_path / "data/tiny/drawer-open/shard_00001/embeddings").glob("idefics3_best_L-3_last*.json"))
     unfinished.unlink()
     listed = run_script("collect.py", "--list-embeddings", "--out", "data/tiny", cwd=tmp_path)
@@ -612,7 +622,7 @@ def test_the_command_embeds_lists_and_refuses(tiny_data, tiny_model, tmp_path):
     assert len(rows) == 1 + 2 + 4
     size = sum(path.stat().st_size for path in (tmp_path / "data/tiny").rglob("oracle_blind_L0_all_r1.npy")) / 2**20
     assert rows["oracle_blind_L0_all_r1"] == ["oracle", "blind", "256", "3/3", f"{size:.2f}"]
-    assert rows[unfinished.stem][:4] == ["idefics3", "best", "32", "2/3"]
+    assert rows[unfinished.stem][:4] == ["someone/idefics3", "best", "32", "2/3"]
     assert "does not read" in refusal(run_script("collect.py", "--list-embeddings", "--out", "data/none", cwd=tmp_path))
     molmo, new = tiny_model("molmo"), tmp_path / "data/new"
     line = refusal(run_script("collect.py", *TINY, "--out", new, "--encoder", molmo, cwd=tmp_path))
