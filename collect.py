@@ -40,6 +40,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 
 def pick_headless_gl() -> None:
@@ -104,7 +105,7 @@ class Args:
     out: str = "data/quick"
     """folder of the data set"""
     encoder: str = "oracle"
-    """encoder whose embeddings are cached: oracle, or none for trajectories alone"""
+    """encoder whose embeddings are cached: oracle, none, otter:<CLIP>, or a hub id or local folder of a VLM, DINOv2, CLIP or SigLIP"""
     prompt: tuple[str, ...] = ("best",)
     """prompts, each a preset (best, positive, arm, object, blind) or a text of your own; {object} is filled per task"""
     layers: tuple[int, ...] = ()
@@ -113,6 +114,18 @@ class Args:
     """token pools to export; none given: the encoder's default"""
     background_kept: float = 0.0
     """oracle only: fraction of what the prompt does not name that leaks into the embedding, 0 to 1"""
+    otter_temperature: float = 0.07
+    """otter only: temperature of the softmax over patches"""
+    trust_remote_code: bool = False
+    """Molmo only: run the Python code that comes with the model, on this machine and with your rights"""
+    model_revision: str = ""
+    """commit or branch of a hub id; none given: a pinned commit for Molmo, main for others"""
+    encoder_batch: int = 0
+    """images a batch of an encoder with weights; 0: a guess, halved when memory runs out"""
+    embedding_dtype: Literal["float16", "float32"] = "float16"
+    """numbers that embeddings are stored as"""
+    list_embeddings: bool = False
+    """print which embeddings the data set --out has, and stop"""
 
 
 QUICK = Args()
@@ -947,6 +960,10 @@ class Oracle:
     """
 
     revision, layers, pools = "1", (0,), ("all",)
+    known_layers, known_pools = layers, pools
+    promptable, batch = True, 256
+    about: dict[str, str] = {}  # nothing to guard: it has no weights, and a change of this class changes `revision`
+    frames_suffice = False  # it sees the segments too, so equal frames may have different embeddings
     grid, colours, dim = 32, 3, 256
 
     def __init__(self, background_kept: float = 0.0):
@@ -956,62 +973,507 @@ class Oracle:
         inputs = self.grid**2 * self.colours
         self.projection = (rng.standard_normal((inputs, self.dim)) / np.sqrt(self.dim)).astype(np.float32)
 
-    def __call__(self, images: np.ndarray, text: str, segments: np.ndarray, task: str) -> dict[tuple[int, str], np.ndarray]:
-        """images (B, H, W, 3) uint8, segments (B, H, W) uint8 -> {(layer, pool): (B, D) float32}."""
-        keep = np.isin(segments, named_segments(text, task))[..., None]
-        blank = 128 + self.background_kept * (images.astype(np.float32) - 128)
-        pictures = np.where(keep, images, blank.round().astype(np.uint8))
-        small = [np.asarray(Image.fromarray(picture).resize((self.grid, self.grid), Image.Resampling.BOX)) for picture in pictures]
-        features = (np.stack(small).reshape(len(images), -1).astype(np.float32) - 128) / 128
-        return {(0, "all"): features @ self.projection}
+    def __call__(self, images: np.ndarray, texts: list[str], segments: np.ndarray, task: str) -> dict[tuple[str, int, str], np.ndarray]:
+        """images (B, H, W, 3) uint8, segments (B, H, W) uint8 -> {(text, layer, pool): (B, D) float32}, as every encoder here."""
+        result = {}
+        for text in texts:
+            keep = np.isin(segments, named_segments(text, task))[..., None]
+            blank = 128 + self.background_kept * (images.astype(np.float32) - 128)
+            pictures = np.where(keep, images, blank.round().astype(np.uint8))
+            small = [np.asarray(Image.fromarray(picture).resize((self.grid, self.grid), Image.Resampling.BOX)) for picture in pictures]
+            features = (np.stack(small).reshape(len(images), -1).astype(np.float32) - 128) / 128
+            result[text, 0, "all"] = features @ self.projection
+        return result
 
 
-def embedding_key(encoder: Oracle, prompt: str, layer: int, pool: str) -> str:
+MOLMO_REVISION = "1721478b71306fb7dc671176d5c204dc7a4d27d7"  # of allenai/Molmo-7B-D-0924: its remote code is run, so it is pinned
+VISION_MODELS = ("clip", "clip_vision_model", "dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model")
+PROMPT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # what a processor gives per token: (B, T)
+GUARD_PICTURE = (np.indices((64, 64, 3)).T.dot([3, 5, 80]).transpose(1, 2, 0) % 256).astype(np.uint8)  # (64, 64, 3), any fixed picture
+
+
+class Pretrained:
+    """What the encoders with weights share; `load` reads the model, `pooled` runs it.
+
+    Calls map images (B, H, W, 3) uint8 and texts to {(text, layer, pool): (B, D) float32}; `layer` indexes hidden_states (0: embeddings,
+    -1: after the last block), pooling is done in float32. Weights are bfloat16 on CUDA, float32 elsewhere.
+    """
+
+    promptable, frames_suffice, known_pools = True, True, ("image", "text", "last", "all")
+    layers, pools = (-2,), ("text",)
+    kind = ""
+
+    def __init__(self, args: Args, config: dict):
+        import torch
+
+        self.args, self.torch = args, torch
+        self.id = args.encoder.removeprefix("otter:")
+        self.source = {"pretrained_model_name_or_path": self.id}
+        self.source |= {} if Path(self.id).is_dir() else {"revision": config["revision"]}
+        available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        self.device, self.dtype = torch.device(available), torch.bfloat16 if available == "cuda" else torch.float32
+        self.batch = args.encoder_batch or (64 if available == "cuda" else 16)
+        self.revision = config["revision"][:8]
+        folder = Path(self.id).resolve().name  # of a local model the content is recorded, not where it lies
+        self.name = self.kind + re.sub("[^A-Za-z0-9.]+", "-", folder).strip("-")
+        self.about = {"id": folder if Path(self.id).is_dir() else self.id, "full_revision": config["revision"]}
+        self.load(config)
+        self.model.eval().to(self.device)
+        self.known_layers = tuple(range(-self.depth - 1, self.depth + 1)) if self.depth else (-1,)
+
+    def read(self, model_class: type, strict: bool = False) -> None:
+        """Loads the weights; a tensor that the file lacks would stay random (or NaN) without a word, so it is refused."""
+        self.model, info = model_class.from_pretrained(**self.source, dtype=self.dtype, output_loading_info=True)
+        for fault in ("missing_keys", "mismatched_keys") + (("unexpected_keys",) if strict else ()):
+            if info[fault]:
+                fail(f"--encoder {self.id}: the weights file has {fault.replace('_keys', '')} tensors: {sorted(map(str, info[fault]))[:3]}")
+
+    def __call__(self, images: np.ndarray, texts: list[str], segments: np.ndarray | None, task: str) -> dict:
+        with self.torch.inference_mode():
+            result = {cell: value.float().cpu().numpy() for cell, value in self.pooled(images, texts)}
+        for (text, layer, pool), value in result.items():
+            if not np.isfinite(value).all():
+                fail(f"--encoder {self.id}: layer {layer}, pool {pool}, prompt {text!r} has numbers that are not finite")
+        return result
+
+    def token_pools(self, text: str, states: dict, image: object, words: object, real: object) -> Iterator:
+        """states {layer: (B, T, D)}; masks (B, T) of the image's tokens, the prompt's, and all but padding -> the cells asked for."""
+        masks = {"image": image, "text": words, "all": real}
+        for layer, pool in itertools.product(self.layers, self.pools):
+            if pool == "last":
+                yield (text, layer, pool), states[layer][:, -1]
+            else:
+                weight = masks[pool][..., None].float()
+                yield (text, layer, pool), (states[layer].float() * weight).sum(1) / weight.sum(1)
+
+
+class NativeVLM(Pretrained):
+    """A vision-language model of transformers' own: LLaVA, Idefics3, PaliGemma, Gemma3, Qwen-VL, Molmo2, ..., by its chat template.
+
+    Pools: `image` mean of the image tokens, `text` of all others, `last` the last token, `all` of all. Where attention is causal and the
+    image comes first, the image tokens cannot see the prompt: only `text` and `last` are promptable. Several prompts then share one pass
+    over the image and its key/value cache; two prompts check at the first use that this equals full passes.
+    """
+
+    reuse: bool | None = None  # not known yet
+
+    def load(self, config: dict) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(**self.source)
+        self.processor.tokenizer.padding_side = "left"  # so that the last position is the last token
+        self.read(AutoModelForImageTextToText)
+        self.image_id = getattr(self.model.config, "image_token_id", getattr(self.model.config, "image_token_index", None))
+        if self.image_id is None:
+            fail(f"--encoder {self.id}: no image token in its config, so its pools are not defined")
+        self.depth = self.model.config.get_text_config().num_hidden_layers
+
+    def inputs(self, images: np.ndarray, text: str) -> dict:
+        pictures = [Image.fromarray(image) for image in images]
+        if getattr(self.processor, "chat_template", None):
+            content = [[{"type": "image", "image": picture}, {"type": "text", "text": text}] for picture in pictures]
+            messages = [[{"role": "user", "content": part}] for part in content]
+            as_tensors = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+            inputs = self.processor.apply_chat_template(messages, add_generation_prompt=True, **as_tensors)
+        else:  # PaliGemma: not a chat model
+            prompts = [getattr(self.processor, "image_token", "<image>") + text] * len(pictures)
+            inputs = self.processor(images=[[picture] for picture in pictures], text=prompts, return_tensors="pt", padding=True)
+        inputs.pop("labels", None)  # PaliGemma's processor makes some
+        return dict(inputs.to(self.device, dtype=self.dtype))  # casts floating tensors only
+
+    def run(self, inputs: dict, **cache: object) -> tuple[dict, object]:
+        """{layer: (B, T, D)} of the layers asked for, and the key/value cache."""
+        out = self.model(**inputs, output_hidden_states=True, logits_to_keep=1, **({"use_cache": False} | cache))
+        return {layer: out.hidden_states[layer] for layer in self.layers}, out.past_key_values
+
+    def shared_tokens(self, inputs: list[dict]) -> int:
+        """Length of the beginning that all prompts share, if all image tokens are in it and each prompt has more; else 0."""
+        ids = [one["input_ids"][0] for one in inputs]
+        length = min(len(one) for one in ids) - 1
+        same = self.torch.stack([one[:length] == ids[0][:length] for one in ids]).all(0)
+        shared = int(same.long().cumprod(0).sum())
+        return shared if not any((one[shared:] == self.image_id).any() for one in ids) else 0
+
+    def reused(self, inputs: list[dict], shared: int) -> Iterator[dict]:
+        """Hidden states of each prompt, the shared beginning run once."""
+        prefix, cache = self.run({k: v[:, :shared] if k in PROMPT_INPUTS else v for k, v in inputs[0].items()}, use_cache=True)
+        for one in inputs:
+            ids, mask = one["input_ids"][:, shared:], one["attention_mask"]
+            rest, cache = self.run({"input_ids": ids, "attention_mask": mask}, past_key_values=cache, use_cache=True)
+            cache.crop(-ids.shape[1])  # negative: so many tokens are removed
+            yield {layer: self.torch.cat([prefix[layer], rest[layer]], 1) for layer in self.layers}
+
+    def check_reuse(self) -> bool:
+        texts = [PROMPTS["best"], PROMPTS["blind"]]
+        inputs = [self.inputs(GUARD_PICTURE[None], text) for text in texts]
+        bound, why = (2e-2 if self.dtype == self.torch.bfloat16 else 1e-4), "the image does not come first"
+        try:
+            if shared := self.shared_tokens(inputs):
+                error = 0.0
+                for one, quick in zip(inputs, self.reused(inputs, shared)):
+                    for layer, full in self.run(one)[0].items():
+                        far = (full.float() - quick[layer].float()).norm(dim=-1) / full.float().norm(dim=-1)
+                        error = max(error, float(far.max()))  # of the worst token: some are a thousand times larger than others
+                if error < bound:
+                    return True
+                why = f"relative difference {error:.1e}"
+        except Exception as error:  # each architecture has its own way of not taking a cache; full passes are always right
+            why = f"{type(error).__name__}"
+        print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
+        return False
+
+    def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
+        if len(texts) > 1 and self.reuse is None:
+            self.reuse = self.check_reuse()
+        inputs = [self.inputs(images, texts[0])]  # further prompts: pictures of one size give equal tokens, so one is tokenised for all
+        for text in texts[1:]:
+            prompt = {k: v.expand(len(images), -1) for k, v in self.inputs(images[:1], text).items() if k in PROMPT_INPUTS}
+            inputs.append(inputs[0] | prompt)
+        shared = self.shared_tokens(inputs) if self.reuse and len(texts) > 1 else 0
+        states = self.reused(inputs, shared) if shared else (self.run(one)[0] for one in inputs)
+        for text, one, state in zip(texts, inputs, states):
+            image, real = one["input_ids"] == self.image_id, one["attention_mask"].bool()
+            yield from self.token_pools(text, state, image, real & ~image, real)
+
+
+class Molmo(Pretrained):
+    """allenai/Molmo-7B-D-0924, the paper's encoder: the hub's own model code, made to run on transformers 5, with inputs made here.
+
+    Its processor needs torchvision and tensorflow; the inputs below equal its own, bit for bit, for square frames of 64 to 336 px.
+    Token ids and the set of tensors are checked at load. `text` is the mean from the end of the image on (" User: ... Assistant:").
+    """
+
+    def load(self, config: dict) -> None:
+        from transformers import AutoTokenizer
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        torch = self.torch
+        where = {key: value for key, value in self.source.items() if key == "revision"}
+        model_class = get_class_from_dynamic_module("modeling_molmo.MolmoForCausalLM", self.id, **where)
+        model_class.all_tied_weights_keys = {}  # transformers 5 expects both of these; the code predates it
+        model_class.tie_weights = lambda *args, **kwargs: None
+        self.read(model_class, strict=True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)  # its constructor switches it off for the whole process
+        self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
+        self.blocks, self.depth = self.model.model.transformer["blocks"], self.model.config.num_hidden_layers
+        first = self.model.config.vocab_size
+        ids = self.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>", "<im_patch>", "<im_col>"])
+        if ids != list(range(first, first + 4)):
+            fail(f"--encoder {self.id}: its tokenizer numbers the image tokens {ids}, not from {first}; the picture would go in wrong")
+        example = " User: Focus on the drawer. Assistant:"
+        if first == 152064 and self.encode(example) != [2657, 25, 25806, 389, 279, 26482, 13, 21388, 25]:
+            fail(f"--encoder {self.id}: its tokenizer splits {example!r} otherwise than Molmo-7B-D's own does")
+        start, end, patch, column = ids
+        begin = self.tokenizer.bos_token_id
+        picture = [start] + 12 * (12 * [patch] + [column]) + [end]
+        self.prefix = torch.tensor([self.tokenizer.eos_token_id if begin is None else begin] + 2 * picture)
+        self.patch, self.patches = patch, (self.prefix == patch).nonzero()[:, 0].view(1, 2, 144)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def pictures(self, images: np.ndarray) -> object:
+        """(B, H, W, 3) uint8 -> (B, 2, 576, 588): 14 x 14 patches of the picture at 336 px, as global crop and as its only tile."""
+        torch = self.torch
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+        x = torch.nn.functional.interpolate(x, size=(336, 336), mode="bilinear", antialias=True).clip(0, 1)
+        mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's
+        x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+        x = x.view(-1, 3, 24, 14, 24, 14).permute(0, 2, 4, 3, 5, 1).reshape(-1, 1, 576, 588)
+        return x.expand(-1, 2, -1, -1).to(self.dtype)
+
+    def states(self, inputs: dict) -> dict:
+        """{layer: (B, T, D)} of the layers asked for, caught on their way into and out of the blocks: nothing else is kept."""
+        states, handles, norm = {}, [], self.model.model.transformer["ln_f"]
+        for layer in self.layers:
+            index = layer % (self.depth + 1)
+            if index < self.depth:  # hidden_states[i] is what goes into block i
+                catch = self.blocks[index].register_forward_pre_hook
+                handles.append(catch(lambda _, given, key=layer: states.update({key: given[0]})))
+            else:  # normalised here, for the model goes on with the last token alone
+                catch = self.blocks[-1].register_forward_hook
+                handles.append(catch(lambda _, __, out, key=layer: states.update({key: norm(out[0] if isinstance(out, tuple) else out)})))
+        try:
+            self.model.model(**inputs, last_logits_only=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states
+
+    def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
+        torch, batch = self.torch, len(images)
+        masks = torch.ones(batch, 2, 576, device=self.device, dtype=self.dtype)
+        masks[:, 1] = -1  # as the processor has it for the second crop
+        fixed = {"images": self.pictures(images), "image_masks": masks}
+        fixed["image_input_idx"] = self.patches.expand(batch, -1, -1).to(self.device)
+        for text in texts:
+            ids = torch.cat([self.prefix, torch.tensor(self.encode(f" User: {text} Assistant:"))]).to(self.device).expand(batch, -1)
+            words = (torch.arange(ids.shape[1], device=self.device) >= len(self.prefix)).expand(batch, -1)
+            yield from self.token_pools(text, self.states({"input_ids": ids, **fixed}), ids == self.patch, words, torch.ones_like(words))
+
+
+class VisionModel(Pretrained):
+    """DINOv2, and the image halves of CLIP and SigLIP. Nothing reads the prompt: keys say `noprompt`.
+
+    Pools: `cls` the class token (SigLIP has none), `mean` of the patches. Layer -1 is last_hidden_state (CLIP's is not normalised).
+    """
+
+    promptable, layers, pools = False, (-1,), ("mean",)
+
+    def load(self, config: dict) -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.processor = AutoImageProcessor.from_pretrained(**self.source)
+        self.read(AutoModel)
+        self.model = getattr(self.model, "vision_model", self.model)
+        self.known_pools = ("mean",) if "siglip" in config["model_type"] else ("cls", "mean")
+        self.extra = len(self.known_pools) - 1 + getattr(self.model.config, "num_register_tokens", 0)  # tokens before the patches
+        self.depth = self.model.config.num_hidden_layers
+
+    def pixels(self, images: np.ndarray) -> object:
+        inputs = self.processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+        return inputs["pixel_values"].to(self.device, self.dtype)
+
+    def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
+        out = self.model(pixel_values=self.pixels(images), output_hidden_states=True)
+        for layer, pool in itertools.product(self.layers, self.pools):
+            state = (out.last_hidden_state if layer in (-1, self.depth) else out.hidden_states[layer]).float()
+            for text in texts:
+                yield (text, layer, pool), state[:, 0] if pool == "cls" else state[:, self.extra :].mean(1)
+
+
+class Otter(VisionModel):
+    """CLIP's patches, read out by the prompt's words (OTTER, arXiv 2503.03734): the mean over words of what each word attends to.
+
+    x_k: the last block's self-attention output without residual and MLP, p_k = normalise(W_v ln_post(x_k)); t_i = normalise(W_t h_i) of
+    the prompt's first 15 tokens; f_i = sum_k softmax_k(<t_i, p_k> / temperature) p_k. One layer (-1) and one pool (`mean` of f_i).
+    """
+
+    promptable, kind, words = True, "otter-", 15
+
+    def load(self, config: dict) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        if config["model_type"] != "clip":
+            fail(f"--encoder otter:{self.id}: OTTER needs a CLIP model with both halves, this is {config['model_type']}")
+        self.processor, self.tokenizer = AutoImageProcessor.from_pretrained(**self.source), AutoTokenizer.from_pretrained(**self.source)
+        self.read(CLIPModel)
+        self.known_pools, self.depth, self.temperature = ("mean",), 0, self.args.otter_temperature
+        self.name += f"-t{self.temperature:g}" if self.temperature != Args.otter_temperature else ""
+        self.about |= {"temperature": self.temperature}
+
+    def patches(self, images: np.ndarray) -> tuple[object, object]:
+        """Self-attention output of the last block, (B, 1 + patches, width), and the patches in CLIP's joint space, (B, patches, D)."""
+        kept, vision = [], self.model.vision_model
+        hook = vision.encoder.layers[-1].self_attn.register_forward_hook(lambda _, __, out: kept.append(out[0]))
+        try:
+            vision(pixel_values=self.pixels(images))
+        finally:
+            hook.remove()
+        p = self.model.visual_projection(vision.post_layernorm(kept[0][:, 1:]))
+        return kept[0], self.torch.nn.functional.normalize(p.float(), dim=-1)
+
+    def tokens(self, text: str) -> object:
+        """The prompt's words in the joint space, (at most 15, D); begin and end marks are left out."""
+        inputs = self.tokenizer(text, return_tensors="pt", truncation=True, max_length=77).to(self.device)
+        states = self.model.text_model(input_ids=inputs["input_ids"]).last_hidden_state[0, 1:-1][: self.words]
+        return self.torch.nn.functional.normalize(self.model.text_projection(states).float(), dim=-1)
+
+    def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
+        _, p = self.patches(images)
+        for text in texts:
+            attention = (self.tokens(text) @ p.transpose(1, 2) / self.temperature).softmax(-1)  # (B, words, patches)
+            yield (text, -1, "mean"), (attention @ p).mean(1)
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Errors of a library on the way to a model (no network, no such model, a package missing) become one line."""
+    try:
+        yield
+    except ImportError as error:
+        words = " ".join(str(error).split())
+        package = next((name for name in ("torchvision", "einops", "num2words", "transformers", "torch") if name in words.lower()), None)
+        build = " (the build that fits your torch, see pytorch.org)" if package == "torchvision" else ""
+        fail(f"{what} needs a package that is missing: {package or ''}{build}; {words[:100]}")
+    except Exception as error:
+        fail(f"{what} does not load: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def encoder_config(args: Args) -> dict:
+    """config.json of --encoder with its `revision` (hub: commit; folder: hash of its files). Runs none of the model's code."""
+    with one_line(f"--encoder {args.encoder}"):
+        from transformers import logging
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NATIVE
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        source = args.encoder.removeprefix("otter:")
+        asked = args.model_revision or (MOLMO_REVISION if source.lower() == "allenai/molmo-7b-d-0924" else "main")
+        path = cached_file(source, "config.json", revision=asked)
+        config = json.loads(Path(path).read_text())
+        config["revision"] = extract_commit_hash(path, None) or asked  # of the hub's copies the path has the commit
+    kind = config.get("model_type")
+    if kind == "molmo" and not args.trust_remote_code:
+        fail(f"--encoder {source} needs --trust-remote-code: transformers has no Molmo, so Python code that comes with the model is run on "
+             f"this machine with your rights; the default --model-revision pins which")  # fmt: skip
+    if kind != "molmo" and kind not in VISION_MODELS and kind not in NATIVE:
+        fail(f"--encoder {source} is of type {kind!r}, which is no image encoder known here: {', '.join(VISION_MODELS)}, molmo, or a "
+             f"vision-language model of AutoModelForImageTextToText")  # fmt: skip
+    if Path(source).is_dir():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in Path(source).iterdir() if path.is_file() and path.suffix != ".md"):
+            with open(path, "rb") as file:  # both ends of a big weights file are enough here: the guard sees the rest
+                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(2**20))
+                file.seek(max(0, path.stat().st_size - 2**20))
+                digest.update(file.read())
+        config["revision"] = digest.hexdigest()[:40]
+    return config
+
+
+def make_encoder(args: Args) -> Oracle | Pretrained:
+    """The encoder of --encoder with its --layers and --pools; each way to fail is one line."""
+    if args.encoder == "oracle":
+        encoder = Oracle(args.background_kept)
+    else:
+        config = encoder_config(args)
+        classes = {"molmo": Molmo} | dict.fromkeys(VISION_MODELS, VisionModel)
+        encoder_class = Otter if args.encoder.startswith("otter:") else classes.get(config["model_type"], NativeVLM)
+        with one_line(f"--encoder {args.encoder}"):
+            encoder = encoder_class(args, config)
+            print(f"encoder {encoder.name}: {encoder_class.__name__}, revision {encoder.revision}, {encoder.device}, {encoder.dtype}")
+    encoder.layers, encoder.pools = args.layers or encoder.layers, args.pools or encoder.pools
+    for given, known, what in ((encoder.layers, encoder.known_layers, "layer"), (encoder.pools, encoder.known_pools, "pool")):
+        for value in given:
+            if value not in known:
+                has = ", ".join(map(str, known)) if len(known) < 8 else f"{known[0]} to {known[-1]}"
+                fail(f"encoder {encoder.name} has no {what} {value!r}; it has {has}")
+    return encoder
+
+
+def embedding_key(encoder: Oracle | Pretrained, prompt: str, layer: int, pool: str) -> str:
     """File name of a cache: encoder, prompt, layer, pool, revision. A prompt of the user's own goes in as a hash."""
     name = prompt if prompt in PROMPTS else "p" + hashlib.sha256(prompt.encode()).hexdigest()[:8]
-    return f"{encoder.name}_{name}_L{layer}_{pool}_r{encoder.revision}"
+    return f"{encoder.name}_{name if encoder.promptable else 'noprompt'}_L{layer}_{pool}_r{encoder.revision}"
+
+
+def check_cache(path: Path, about: dict, guard: list[float] | None) -> None:
+    """Refuses embeddings that are damaged or were made from other frames, another prompt or another model."""
+    try:
+        have = {"dtype": "float16"} | json.loads(path.read_text())
+        whole = have["sha256"] == sha256(path.with_suffix(".npy"))
+        other = [key for key, value in about.items() if have.get(key) != value]
+        if guard is not None and not np.allclose(have["guard"], guard, rtol=0, atol=0.02 * np.abs(guard).max()):
+            other.append(f"model (guard; made with transformers {have.get('transformers')})")  # 0.02: devices and bfloat16 differ by less
+    except (OSError, ValueError, KeyError, TypeError):
+        whole, other = False, []
+    if other:
+        fail(f"{path} was made with other {', '.join(other)}; delete it and its .npy, and run again")
+    if not whole:
+        fail(f"{path} or its .npy is damaged; delete both and run again")
+
+
+def encode(
+    encoder: Oracle | Pretrained, frames: np.ndarray, segments: np.ndarray, rows: np.ndarray, texts: list[str], task: str
+) -> Iterator:
+    """Yields (number of rows, {(text, layer, pool): (number, D)}) batch by batch; out of memory halves encoder.batch."""
+    start = 0
+    while start < len(rows):
+        chosen, full = rows[start : start + encoder.batch], None
+        try:
+            result = encoder(frames[chosen], texts, segments[chosen], task)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU and MPS raise
+            full = " ".join(str(error).split())[:100]
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", full):
+                raise
+        if full is not None:  # out here the traceback, which holds the tensors, is gone
+            if len(chosen) == 1:
+                fail(f"encoder {encoder.name}: out of memory with a single image ({full})")
+            encoder.batch = len(chosen) // 2
+            tqdm.write(f"encoder {encoder.name}: out of memory, going on with batches of {encoder.batch}")
+            if "torch" in sys.modules:
+                sys.modules["torch"].cuda.empty_cache()
+            continue
+        yield len(chosen), result
+        start += len(chosen)
 
 
 def embed(args: Args, out: Path, meta: dict) -> None:
-    """Caches the embeddings of every frame, a file a shard and key; finished files are kept, files of other frames refused."""
-    encoder = Oracle(args.background_kept)
-    layers, pools = args.layers or encoder.layers, args.pools or encoder.pools
-    for given, known, what in ((layers, encoder.layers, "layer"), (pools, encoder.pools, "pool")):
-        for value in given:
-            if value not in known:
-                fail(f"encoder {encoder.name} has no {what} {value!r}; it has {', '.join(map(str, known))}")
-    cells = [(prompt, layer, pool) for prompt in args.prompt for layer in layers for pool in pools]
-    for fact in tqdm(meta["shards"], desc=f"embed {encoder.name}", unit="shard"):
-        shard, task = out / fact["shard"], fact["shard"].split("/")[0]
+    """Caches the embeddings of every frame, a file a shard and key; finished files are kept, files of other frames or models refused."""
+    encoder = make_encoder(args)
+    prompts = tuple(dict.fromkeys(args.prompt)) if encoder.promptable else ("noprompt",)
+    cells = [(prompt, layer, pool) for prompt in prompts for layer in encoder.layers for pool in encoder.pools]
+    guards, made_with, work = {}, {}, []
+    for fact in meta["shards"]:
+        shard, task, missing = out / fact["shard"], fact["shard"].split("/")[0], []
+        texts = {prompt: prompt_text(prompt, task) if encoder.promptable else "" for prompt in prompts}
+        if encoder.about and not all(text in {cell[0] for cell in guards} for text in texts.values()):
+            from importlib.metadata import version
+
+            made_with = {"transformers": version("transformers")}
+            with one_line(f"--encoder {args.encoder}"):
+                found = encoder(GUARD_PICTURE[None], list(dict.fromkeys(texts.values())), None, task)
+            guards |= {cell: value[0, :8].tolist() for cell, value in found.items()}
         (shard / "embeddings").mkdir(exist_ok=True)
-        todo = []
         for prompt, layer, pool in cells:
             path = shard / "embeddings" / f"{embedding_key(encoder, prompt, layer, pool)}.json"
-            about = {"encoder": encoder.name, "revision": encoder.revision, "prompt": prompt, "text": prompt_text(prompt, task)}
-            about |= {"layer": layer, "pool": pool, "frames_sha256": fact["sha256"]["frames"]}
+            about = {"encoder": encoder.name, "revision": encoder.revision, "prompt": prompt, "text": texts[prompt]}
+            about |= {"layer": layer, "pool": pool, "frames_sha256": fact["sha256"]["frames"], **encoder.about}
+            if encoder.about or args.embedding_dtype != "float16":
+                about["dtype"] = args.embedding_dtype
+            guard = guards.get((texts[prompt], layer, pool))
             if path.exists():
-                try:
-                    have = json.loads(path.read_text())
-                    whole = have["sha256"] == sha256(path.with_suffix(".npy"))
-                except (OSError, ValueError, KeyError):
-                    whole = False
-                if not whole or {key: have.get(key) for key in about} != about:
-                    fail(f"{path} is damaged, or was made from other frames or another prompt; delete it and run again")
+                check_cache(path, {"dtype": args.embedding_dtype} | about, guard)
             else:
-                todo.append((path, about))
-        if not todo:
-            continue
-        frames, segments = (np.load(shard / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "segments"))
-        for text in {about["text"] for _, about in todo}:
-            batches = [encoder(frames[k : k + 256], text, segments[k : k + 256], task) for k in range(0, len(frames), 256)]
-            for path, about in todo:
-                if about["text"] == text:
-                    array = np.concatenate([batch[about["layer"], about["pool"]] for batch in batches]).astype(np.float16)
-                    buffer = io.BytesIO()
-                    np.save(buffer, array, allow_pickle=False)
-                    atomic_write(path.with_suffix(".npy"), buffer.getvalue())
-                    write_json(path, about | {"dim": array.shape[1], "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+                missing.append((path, about, guard))
+        if missing:
+            work.append((fact, missing))
+    with tqdm(total=sum(fact["frames"] for fact, _ in work), desc=f"embed {encoder.name}", unit="image", disable=not work) as bar:
+        for fact, missing in work:
+            shard, task = out / fact["shard"], fact["shard"].split("/")[0]
+            frames, segments = (np.load(shard / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "segments"))
+            seen: dict[object, int] = {}  # frames that repeat exactly (an arm that rests) are computed once
+            names = (hashlib.sha256(frame).digest() if encoder.frames_suffice else t for t, frame in enumerate(frames))
+            which = np.array([seen.setdefault(name, len(seen)) for name in names])
+            rows, count = np.unique(which, return_index=True, return_counts=True)[1:]
+            texts = list(dict.fromkeys(about["text"] for _, about, _ in missing))
+            parts: dict[tuple[str, int, str], list] = {}
+            done = 0
+            for number, result in encode(encoder, frames, segments, rows, texts, task):
+                for cell, value in result.items():
+                    if args.embedding_dtype == "float16" and np.abs(value).max() > np.finfo(np.float16).max:
+                        fail(f"encoder {encoder.name}, layer {cell[1]}: too large for float16; add --embedding-dtype float32")
+                    parts.setdefault(cell, []).append(value.astype(args.embedding_dtype))
+                bar.update(int(count[done : done + number].sum()))
+                done += number
+            for path, about, guard in missing:
+                array = np.concatenate(parts[about["text"], about["layer"], about["pool"]])[which]
+                buffer = io.BytesIO()
+                np.save(buffer, array, allow_pickle=False)
+                atomic_write(path.with_suffix(".npy"), buffer.getvalue())
+                facts = {"dim": array.shape[1], "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+                write_json(path, about | made_with | ({"guard": guard} if guard else {}) | facts)
     print(f"{out}: embeddings {', '.join(embedding_key(encoder, *cell) for cell in cells)}")
+
+
+def list_embeddings(out: Path) -> None:
+    """Prints each key of a data set: encoder, prompt, numbers a frame, shards that have it, MiB."""
+    shards = read_meta(out).get("shards", [])
+    files: dict[str, list[Path]] = {}
+    for fact in shards:
+        for path in sorted((out / fact["shard"] / "embeddings").glob("*.json")):
+            files.setdefault(path.stem, []).append(path)
+    rows = [("key", "encoder", "prompt", "dim", "shards", "MiB")]
+    for key, paths in sorted(files.items()):
+        try:
+            about, size = json.loads(paths[0].read_text()), sum(path.with_suffix(".npy").stat().st_size for path in paths) / 2**20
+        except (OSError, ValueError) as error:
+            fail(f"{paths[0]} and its .npy do not read ({error}); delete them and make them again")
+        source = about.get("id", about.get("encoder", "?"))
+        rows.append((key, source, about.get("prompt", "?"), str(about.get("dim", "?")), f"{len(paths)}/{len(shards)}", f"{size:.2f}"))
+    for row in rows:
+        print("  ".join(cell.ljust(max(len(other[k]) for other in rows)) for k, cell in enumerate(row)).rstrip())
 
 
 def parse_args(arguments: list[str]) -> Args:
@@ -1021,9 +1483,13 @@ def parse_args(arguments: list[str]) -> Args:
     for task in args.tasks:
         if task not in TASKS:
             fail(nearest(task, [*TASKS, "mt10"], "task"))
-    if args.encoder not in ("oracle", "none"):
-        fail(nearest(args.encoder, ["oracle", "none"], "encoder"))
-    least = dict.fromkeys(("workers", "noise", "seed"), 0) | {"size": 16}
+    source = args.encoder.removeprefix("otter:")
+    if args.encoder not in ("oracle", "none") and not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
+        near = nearest(args.encoder, ["oracle", "none"], "encoder")
+        fail(f"{near} (or a hub id like owner/model, a local folder, otter:<CLIP>; there is no folder {source!r})")
+    if args.otter_temperature <= 0:
+        fail("--otter-temperature must be positive")
+    least = dict.fromkeys(("workers", "noise", "seed", "encoder_batch"), 0) | {"size": 16}
     least |= dict.fromkeys(("episodes_per_task", "max_steps", "after_success", "shard_episodes"), 1)
     for name, bound in least.items():
         if getattr(args, name) < bound:
@@ -1035,6 +1501,10 @@ def parse_args(arguments: list[str]) -> Args:
 
 def main(args: Args) -> None:
     out = Path(args.out)
+    if args.list_embeddings:
+        return list_embeddings(out)
+    if args.encoder not in ("oracle", "none"):
+        encoder_config(args)  # a wrong name fails here, not after hours of collecting
     lock = lock_folder(out)  # held until the process ends
     meta = collect(args, out)
     if not (out / "preview.png").exists():

@@ -13,6 +13,7 @@ import pytest
 
 for variable in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):  # torch and software rendering: several threads make small work slower
     os.environ.setdefault(variable, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for a model
 
 import collect  # noqa: E402, F401  picks MUJOCO_GL, which the processes started below inherit
 

@@ -430,7 +430,8 @@ def test_the_embedding_ignores_what_the_prompt_does_not_name(tiny_data):
     frames, classes = arrays["frames"][:40:8], arrays["segments"][:40:8]
 
     def embed(pictures: np.ndarray, prompt: str, background_kept: float = 0.0) -> np.ndarray:
-        return Oracle(background_kept)(pictures, prompt_text(prompt, "drawer-open"), classes, "drawer-open")[0, "all"]
+        text = prompt_text(prompt, "drawer-open")
+        return Oracle(background_kept)(pictures, [text], classes, "drawer-open")[text, 0, "all"]
 
     for kept, name, prompt in (
         (False, "background", "best"),
@@ -451,10 +452,8 @@ def test_twins_have_nearly_the_same_embedding_under_the_best_prompt(tiny_data):
     arrays, _ = shards(tiny_data)[0]
     distance = {}
     for prompt in ("best", "blind"):
-        twins = [
-            Oracle()(arrays[name], prompt_text(prompt, "drawer-open"), arrays["segments"], "drawer-open")[0, "all"]
-            for name in ("frames", "clean")
-        ]
+        text = prompt_text(prompt, "drawer-open")
+        twins = [Oracle()(arrays[name], [text], arrays["segments"], "drawer-open")[text, 0, "all"] for name in ("frames", "clean")]
         distance[prompt] = np.linalg.norm(twins[0] - twins[1], axis=1).mean()
     assert 0 < distance["best"] < 0.15 * distance["blind"]
 
@@ -465,7 +464,7 @@ def test_cached_embeddings_are_those_of_the_frames(tiny_data):
             path = folder / "embeddings" / f"oracle_{prompt}_L0_all_r1.npy"
             cached, about = np.load(path, allow_pickle=False), json.loads(path.with_suffix(".json").read_text())
             text = prompt_text(prompt, "drawer-open")
-            expected = Oracle()(arrays["frames"], text, arrays["segments"], "drawer-open")[0, "all"]
+            expected = Oracle()(arrays["frames"], [text], arrays["segments"], "drawer-open")[text, 0, "all"]
             assert cached.dtype == np.float16 and np.allclose(cached, expected, atol=0.01) and expected.std() > 0.1
             assert (about["prompt"], about["text"], about["frames_sha256"]) == (prompt, text, facts["sha256"]["frames"])
             assert about["sha256"] == collect.sha256(path) and about["dim"] == cached.shape[1]
