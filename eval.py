@@ -568,27 +568,24 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
 
 @plt.rc_context({"axes.grid": False})
 def draw_probes(runs: list[dict], path: Path) -> None:
-    """Heat maps of the action-probe NMSE of all embedding targets: a panel an encoder, prompt x layer and pool, mean over seeds."""
-    cells = defaultdict(lambda: defaultdict(list))
+    """Heat map of the action-probe NMSE of all embedding targets: encoder and prompt x layer and pool, mean over seeds."""
+    cells = defaultdict(list)
     for run in runs:
         if (about := run.get("embedding")) and run.get("action_probe_nmse") is not None:
-            cells[about["encoder"]][about["prompt"], f"{about['layer']} {about['pool']}"].append(run["action_probe_nmse"])
-    if sum(map(len, cells.values())) < 2:
+            where = f"{about['encoder']}: {textwrap.shorten(about['prompt'], 40)}", f"layer {about['layer']}, {about['pool']}"
+            cells[where].append(run["action_probe_nmse"])
+    if len(cells) < 2:
         return
-    prompts, places = ({name: list(dict.fromkeys(cell[k] for cell in panel)) for name, panel in cells.items()} for k in (0, 1))
-    size = 3 + sum(0.5 + 0.8 * len(names) for names in places.values()), 1.5 + 0.4 * max(map(len, prompts.values()))
-    ratios = [len(names) + 1 for names in places.values()]
-    figure, axes = plt.subplots(1, len(cells), figsize=size, squeeze=False, width_ratios=ratios, layout="constrained")
-    for axis, (name, panel) in zip(axes[0], cells.items(), strict=True):
-        rows, columns = prompts[name], places[name]
-        grid = np.array([[np.mean(panel[row, column]) if (row, column) in panel else np.nan for column in columns] for row in rows])
-        axis.imshow(grid, vmin=0.4, vmax=1, cmap="viridis_r", aspect="auto")
-        for (y, x), value in np.ndenumerate(grid):
-            if np.isfinite(value):
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.7 else "black")
-        axis.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
-        axis.set_yticks(range(len(rows)), [textwrap.shorten(row, 40) for row in rows], fontsize=8)
-        axis.set_title(f"{name}: probe NMSE", fontsize=9)
+    rows, columns = (sorted({cell[k] for cell in cells}) for k in (0, 1))
+    grid = np.array([[np.mean(cells.get((row, column), np.nan)) for column in columns] for row in rows])
+    figure, axes = plt.subplots(figsize=(4 + 0.8 * len(columns), 1.5 + 0.35 * len(rows)), layout="constrained")
+    picture = axes.imshow(grid, vmin=0.4, vmax=1, cmap="viridis_r", aspect="auto")
+    for (y, x), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if value > 0.7 else "black")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    figure.colorbar(picture, label="action-probe NMSE")
     save_figure(figure, path)
 
 

@@ -2,6 +2,7 @@
 # Every command behind the tables and figures of the README, one a cell.
 #   bash replicate.sh quick            the main figure at CPU scale: 3 tasks, 3 seeds, 2, 4 and 8 labelled episodes
 #   bash replicate.sh ablations        one-flag variants on drawer-open, 3 seeds
+#   bash replicate.sh encoders         targets ranked by the probes of stage 1; ENCODERS="facebook/dinov2-base ..." adds pretrained ones
 #   bash replicate.sh paper            the arms of the main figure at the paper's scale (GPU; DAVIS is downloaded)
 #   bash replicate.sh quick --list     prints the commands instead, one a line, in order
 # What is finished is skipped, what was cut off goes on: run the same line again. JOBS cells train at a time, with one thread each (default: as
@@ -9,13 +10,14 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 scale=${1:-quick}
-[[ $scale =~ ^(quick|ablations|paper)$ ]] || { echo "replicate.sh: unknown scale '$scale'; quick, ablations or paper" >&2; exit 1; }
+[[ $scale =~ ^(quick|ablations|encoders|paper)$ ]] || { echo "replicate.sh: unknown scale '$scale'; quick, ablations, encoders or paper" >&2; exit 1; }
 seeds="0 1 2"
 lam="python lam_vlm.py" data=data/main
 
 case $scale in
 quick) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 4 8" ;;
 ablations) tasks=${TASKS:-drawer-open} budgets="2 4 8" data=data/ablations ;;
+encoders) tasks=${TASKS:-drawer-open} data=data/encoders ;;
 paper)
   tasks=${TASKS:-reach push pick-place door-open drawer-open drawer-close button-press-topdown peg-insert-side window-open window-close}
   budgets="16 32" lam="python lam_vlm.py paper" data=data/paper ;;
@@ -24,9 +26,15 @@ preset=$([[ $scale == paper ]] && echo "paper " || true)
 
 make_data=("python collect.py ${preset}--tasks $tasks --prompt best blind --out $data")
 cells=()
-if [[ $scale == ablations ]]; then
+if [[ $scale == ablations || $scale == encoders ]]; then
   make_data=("python collect.py --tasks $tasks --prompt best positive arm object blind --out $data")
   for kept in 0.05 0.1 0.2 0.5 1; do make_data+=("python collect.py --tasks $tasks --background-kept $kept --out $data"); done
+fi
+if [[ $scale == encoders ]]; then
+  for id in ${ENCODERS:-}; do
+    make_data+=("python collect.py --tasks $tasks --encoder $id --prompt best positive arm object blind ${ENCODER_FLAGS:-} --out $data")
+  done
+elif [[ $scale == ablations ]]; then
   for seed in $seeds; do
     cell="$lam --data $data --seed $seed --labelled-episodes"
     for dim in 2 4 128; do cells+=("$cell $budgets --latent-dim $dim --arm z$dim"); done
@@ -60,6 +68,15 @@ else
   done
 fi
 
+probe_cells() { # stage 1 alone for every embedding that the data set has by now
+  local lam="python lam_vlm.py --data $data --stages lam --lam-updates 400 --labelled-episodes 2" file
+  cells=("$lam --target pixels --arm probe-pixels" "$lam --target clean --arm probe-clean" "$lam --target masked --arm probe-masked")
+  for file in "$data/${tasks%% *}"/shard_00000/embeddings/*.json; do
+    [[ -e $file ]] && file=$(basename "$file" .json) && cells+=("$lam --encoder $file --arm probe-$file")
+  done
+}
+[[ $scale != encoders ]] || probe_cells
+
 if [[ ${2:-} == --list ]]; then
   printf '%s\n' "${make_data[@]}" "${cells[@]}" "python eval.py ${preset}--out results/$scale"
   exit
@@ -74,6 +91,8 @@ for command in "${make_data[@]}"; do
   echo "+ $command"
   $command
 done
+
+[[ $scale != encoders ]] || probe_cells
 
 jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
 [[ $jobs == 1 ]] || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores

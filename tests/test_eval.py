@@ -565,7 +565,7 @@ def test_an_unknown_run_ends_with_status_1(lab):
 
 
 def test_heat_map_of_embedding_targets(lab, monkeypatch):
-    """Mean over seeds, prompts down and layers and pools across, a panel an encoder; drawn anew or removed each time."""
+    """Mean over seeds, encoders and prompts down, layers and pools across; drawn anew or removed each time."""
     for seed, nmse in ((0, 0.5), (1, 0.7)):
         about = {"encoder": "vlm", "prompt": "best", "layer": -2, "pool": "text"}
         make_run("best", seed, stages=("lam",), action_probe_nmse=nmse, embedding=about)
@@ -576,8 +576,9 @@ def test_heat_map_of_embedding_targets(lab, monkeypatch):
     monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.append((path.name, figure)))
     evaluate()
     (name, figure) = drawn[0]
-    assert name == "probes.png" and [axis.get_title() for axis in figure.axes] == ["vlm: probe NMSE", "oracle: probe NMSE"]
-    assert np.allclose(figure.axes[0].images[0].get_array().filled(np.nan), [[0.6, np.nan], [np.nan, 0.9]], equal_nan=True)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["0.60", "0.90"]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["best", "blind"]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-2 text", "-2 last"]
+    axes = figure.axes[0]
+    assert name == "probes.png" and [text.get_text() for text in axes.texts] == ["0.40", "0.60", "0.90"]
+    expected = [[np.nan, 0.4], [np.nan, 0.6], [0.9, np.nan]]
+    assert np.allclose(axes.images[0].get_array().filled(np.nan), expected, equal_nan=True)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["oracle: best", "vlm: best", "vlm: blind"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["layer -2, last", "layer -2, text"]
