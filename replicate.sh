@@ -72,7 +72,7 @@ probe_cells() { # stage 1 alone for every embedding that the data set has by now
   local lam="python lam_vlm.py --data $data --stages lam --lam-updates 400 --labelled-episodes 2" file
   cells=("$lam --target pixels --arm probe-pixels" "$lam --target clean --arm probe-clean" "$lam --target masked --arm probe-masked")
   for file in "$data/${tasks%% *}"/shard_00000/embeddings/*.json; do
-    [[ -e $file ]] && file=$(basename "$file" .json) && cells+=("$lam --encoder $file --arm probe-$file")
+    if [[ -e $file ]]; then file=$(basename "$file" .json) && cells+=("$lam --encoder $file --arm probe-$file"); fi
   done
 }
 [[ $scale != encoders ]] || probe_cells
