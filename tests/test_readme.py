@@ -35,7 +35,8 @@ def read(source: str) -> str:
         ("eval.py", 3),
         ("linear_lam.py", 4),
         ("quick", 90),
-        ("ablations", 50), ("encoders", 9),
+        ("ablations", 50),
+        ("encoders", 9),
         ("paper", 200),
     ],
 )
