@@ -622,7 +622,7 @@ def test_an_ambiguous_encoder_lists_its_names(new_run, copy):
     with pytest.raises(SystemExit) as error:
         new_run(data=copy)
     assert "made_up_L0, made_up_L1" in one_line(error)
-    assert new_run(data=copy, encoder="made_up_L1").data.key == "made_up_L1"
+    assert new_run(data=copy, encoder="made_up_L1").data.embedding["key"] == "made_up_L1"
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(new_run, monkeypatch):
