@@ -104,6 +104,8 @@ class Args:
     """data on the device as a whole, or memory-mapped and prefetched; auto: by size"""
     device: str = "auto"
     """cuda, mps, cpu, or auto"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """arithmetic of stages 1 and 2: bfloat16 (autocast; weights stay float32), float32, or auto: bfloat16 where the hardware has it"""
     seed: int = 0
     """seed of weights, batches and the choice of the labelled episodes"""
     arm: str = ""
@@ -643,7 +645,7 @@ def train(
     with tqdm(total=updates, initial=start, desc=stage, unit="update", smoothing=0.05, mininterval=1) as bar:
         for update, batch in batches(draw, start, updates, prefetch=not run.data.resident):
             torch.manual_seed(1_000_003 * args.seed + 10**7 * number + update)
-            with run.autocast():
+            with run.autocast() if number < 3 else nullcontext():  # the decoder is too small to gain from it
                 loss = loss_of(batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -806,8 +808,8 @@ def default_arm(args: Args, videos: str) -> str:
     return f"{name}-clean-data" if videos == CLEAN_DATA else name
 
 
-def pick_device(wanted: str) -> tuple[torch.device, torch.dtype]:
-    """Device and precision, printed with the reason."""
+def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """Device and precision, printed with their reasons."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         reason = {"cuda": "a CUDA device is here", "mps": "Apple GPU", "cpu": "no GPU found"}[wanted]
@@ -818,9 +820,13 @@ def pick_device(wanted: str) -> tuple[torch.device, torch.dtype]:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {wanted} can not be used: {str(error).splitlines()[0]}")
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    print(f"device {device} ({reason}), {'bf16 autocast' if dtype == torch.bfloat16 else 'float32'}, {torch.get_num_threads()} CPU threads")
-    return device, dtype
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # AVX-512 or AMX; elsewhere it is emulated, and slower than float32
+        has_bf16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    why = "--dtype" if precision != "auto" else "the hardware has it" if has_bf16 else "the hardware has no bfloat16"
+    precision = precision if precision != "auto" else "bfloat16" if has_bf16 else "float32"
+    print(f"device {device} ({reason}), {precision} ({why}), {torch.get_num_threads()} CPU threads")
+    return device, getattr(torch, precision)
 
 
 def stage_order(stage: str) -> tuple:
@@ -879,7 +885,8 @@ def parse_args(arguments: list[str]) -> Args:
 
 def open_run(args: Args) -> Run:
     """Locks runs/<name>/, refuses a folder of other arguments, loads the data, and writes args.json."""
-    device, dtype = pick_device(args.device)
+    device, dtype = pick_device(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
     data = Dataset(args, device)
     args.tasks = args.tasks or tuple(data.meta["tasks"])
     args.arm = args.arm or default_arm(args, data.meta["env"]["videos"])

@@ -327,12 +327,30 @@ GOLDEN = {  # meant to change with what they test; a failure shows the new value
 def test_golden_step(new_run, target):
     """Losses of the first two updates of each stage: data order, initial weights, loss and optimiser are what they were."""
     changes = {"method": "bc", "labelled_episodes": ("2",)} if target == "bc" else {"target": target}
-    run = new_run(lam_updates=2, bc_updates=2, decoder_updates=2, **changes)
+    run = new_run(lam_updates=2, bc_updates=2, decoder_updates=2, dtype="float32", **changes)
     train_all(run)
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     losses = {stage: [row["loss"] for row in rows if row["stage"] == stage] for stage in GOLDEN[target]}
     for stage, values in GOLDEN[target].items():
         assert losses[stage] == pytest.approx(values, abs=1e-4), (stage, losses)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_auto_takes_bfloat16_only_where_the_processor_has_it(new_run, monkeypatch, capsys, has_it):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_it, "amx_bf16": False})
+    run = new_run()
+    assert run.args.dtype == ("bfloat16" if has_it else "float32") and run.dtype == getattr(torch, run.args.dtype)
+    assert ("the hardware has it" if has_it else "no bfloat16") in capsys.readouterr().out
+
+
+def test_bfloat16_trains_float32_weights_to_nearly_the_same_loss(new_run):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        run = new_run(lam_updates=20, stages="lam", dtype=dtype)
+        lam = lam_vlm.train_lam(run)
+        assert all(value.dtype == torch.float32 for value in lam.state_dict().values())
+        losses[dtype] = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert losses["float32"] != losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------ probes
