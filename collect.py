@@ -84,6 +84,12 @@ class Args:
     """episodes a task (lam_vlm.py keeps the last fifth for its probes: 64 + 16)"""
     videos: str = "generated"
     """backgrounds: generated, davis, none (no distractors anywhere), or the path of a folder of clips or of a DAVIS archive"""
+    clips: int = 0
+    """train on the first so many clips alone; 0: on all (the unseen ones of the evaluation stay all)"""
+    video_step: int = 1
+    """video frames that pass in an environment step; 0: a still picture for the whole episode"""
+    video_area: float = 1.0
+    """share of the background that shows the video, 0 to 1: of 8 x 8 cells of the picture, in a fixed random order"""
     size: int = 64
     """side of the frames in pixels"""
     camera: str = "corner4"
@@ -245,11 +251,13 @@ class DistractingMetaWorld(gymnasium.Env):
 
     A pixel is background where the camera sees nothing or the floor: where its depth equals the empty room's. Per episode one clip, start
     frame and direction are drawn; one video frame passes per step, forwards and backwards in turn. Observation: uint8 (size, size, 3),
-    upright. `info`: state float32 (39,), success (at any step so far), clean (the twin), mask (bool, True where any background is seen),
+    upright. `info`: state float32 (39,), success (at any step so far), clean (the twin), mask (bool, True where any of the video shows),
     clip, clip_frame, episode, goal. Outside the mask observation and twin are equal.
 
     task: a MetaWorld name without "-v3"; videos: generated, davis, none or a path (see `Clips`); split: "train" or "test", with no clip
     and no goal in common; camera_distance: metres that the camera is moved backward; max_steps: the episode's limit (500 at most).
+    Less distraction: clips (the first so many of the training clips; 0: all), video_step (video frames a step; 0: a still picture) and
+    video_area (share of 8 x 8 cells of the picture in which the video shows; those of a smaller share are among those of a larger one).
     `reset(options={"episode": e, "goal": g})` picks an episode, and a goal other than the episode's own. Unknown names end the program
     with one line.
     """
@@ -257,7 +265,8 @@ class DistractingMetaWorld(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(self, task: str = "drawer-open", videos: str = "generated", split: str = "train", size: int = 64, camera: str = "corner4",
-                 camera_distance: float = 0.0, max_steps: int = 150, seed: int = 0):  # fmt: skip
+                 camera_distance: float = 0.0, max_steps: int = 150, seed: int = 0, clips: int = 0, video_step: int = 1,
+                 video_area: float = 1.0):  # fmt: skip
         if task not in TASKS:
             fail(nearest(task, TASKS, "task"))
         if camera not in CAMERAS:
@@ -267,7 +276,12 @@ class DistractingMetaWorld(gymnasium.Env):
         if not 1 <= max_steps <= 500:
             fail(f"max_steps must lie in 1..500 (MetaWorld's own limit), not {max_steps}")
         self.task, self.split, self.size, self.max_steps, self.seed = task, split, size, max_steps, seed
-        self.clips = None if videos == "none" else Clips(videos, split, size)
+        self.clips, self.video_step = None if videos == "none" else Clips(videos, split, size), video_step
+        if self.clips is not None:
+            self.clip_count = min(clips or len(self.clips), len(self.clips)) if split == "train" else len(self.clips)
+        rank = np.random.default_rng(0).permutation(64).reshape(8, 8)
+        cell = np.arange(size) * 8 // size
+        self.shows_video = (rank < round(64 * video_area))[cell[:, None], cell].repeat(2, 0).repeat(2, 1)  # (2S, 2S)
         self.inner = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
         self.inner._freeze_rand_vec, self.inner.seeded_rand_vec, self.inner._set_task_called = False, True, True
         self.inner._partially_observable = False
@@ -290,7 +304,7 @@ class DistractingMetaWorld(gymnasium.Env):
         self.inner.seed(int(goal_rng.integers(2**31)))  # MetaWorld draws the goal from its own distribution, redrawing the invalid ones
         state, _ = self.inner.reset()
         if self.clips is not None:
-            self.clip = int(self.rng.integers(len(self.clips)))
+            self.clip = int(self.rng.integers(self.clip_count))
             self.start, self.direction = int(self.rng.integers(len(self.clips[self.clip]))), int(self.rng.choice([-1, 1]))
         self.steps, self.success = 0, False
         mujoco.mj_forward(self.inner.model, self.inner.data)
@@ -306,7 +320,7 @@ class DistractingMetaWorld(gymnasium.Env):
 
     def _observe(self, state: np.ndarray) -> tuple[np.ndarray, dict]:
         rgb, depth = self.renderer(self.inner.data)
-        background = depth == self.empty_depth  # (2S, 2S)
+        background = (depth == self.empty_depth) & self.shows_video  # (2S, 2S)
         share = box_sum(background)[..., None]  # (S, S, 1), 0 to 4
         clean = ((box_sum(rgb) + 2) // 4).astype(np.uint8)
         info = {"state": state.astype(np.float32), "success": self.success, "clean": clean, "mask": share[..., 0] > 0}
@@ -314,7 +328,7 @@ class DistractingMetaWorld(gymnasium.Env):
         self.frame = clean.copy()
         if self.clips is not None:
             video = self.clips[self.clip]
-            index = background_index(self.start, self.direction, self.steps, len(video))
+            index = background_index(self.start, self.direction, self.video_step * self.steps, len(video))
             foreground = box_sum(rgb * ~background[..., None])
             self.frame = ((foreground + share * video[index] + 2) // 4).astype(np.uint8)
             info |= {"clip": self.clip, "clip_frame": index}
@@ -794,11 +808,12 @@ def parallel(workers: int, jobs: list[tuple]) -> Iterator:
 
 def collect(args: Args, out: Path) -> dict:
     """Makes every missing shard and meta.json, which lists them with counts and checksums. Returns meta."""
-    env_args = {"videos": args.videos, "size": args.size, "camera": args.camera, "camera_distance": args.camera_distance}
-    env_args |= {"max_steps": args.max_steps}
+    env_args = {name: getattr(args, name) for name in ("videos", "size", "camera", "camera_distance", "max_steps")}
+    env_args |= {name: value for name in ("clips", "video_step", "video_area") if (value := getattr(args, name)) != getattr(QUICK, name)}
     identity = {"env": env_args, "seed": args.seed, "noise": args.noise, "after_success": args.after_success}
     identity |= {"tasks": list(args.tasks), "episodes_per_task": args.episodes_per_task, "shard_episodes": args.shard_episodes}
-    identity["clips"] = {split: Clips(args.videos, split, args.size).names if args.videos != "none" else [] for split in ("train", "test")}
+    clips = {split: Clips(args.videos, split, args.size).names if args.videos != "none" else [] for split in ("train", "test")}
+    identity["clips"] = clips | {"train": clips["train"][: args.clips or None]}
     path = out / "meta.json"
     if path.exists():
         meta = read_meta(out)
@@ -881,7 +896,7 @@ def preview(args: Args, out: Path) -> None:
         episode = json.loads((shard / "shard.json").read_text())["attempts"][0] * 1_000_000
         last = int((np.load(shard / "episode.npy", allow_pickle=False) == 0).sum()) - 1
         actions = np.load(shard / "actions.npy", allow_pickle=False)
-        env = DistractingMetaWorld(task, args.videos, "train", 192, args.camera, args.camera_distance, args.max_steps, args.seed)
+        env = DistractingMetaWorld(task, seed=args.seed, **read_meta(out)["env"] | {"size": 192})
         frame, info = env.reset(options={"episode": episode})
         moments = {last // 6: 0, last // 2: 2, last: 4}
         for step in range(last + 1):
@@ -1489,13 +1504,14 @@ def parse_args(arguments: list[str]) -> Args:
         fail(f"{near} (or a hub id like owner/model, a local folder, otter:<CLIP>; there is no folder {source!r})")
     if args.otter_temperature <= 0:
         fail("--otter-temperature must be positive")
-    least = dict.fromkeys(("workers", "noise", "seed", "encoder_batch"), 0) | {"size": 16}
+    least = dict.fromkeys(("workers", "noise", "seed", "encoder_batch", "clips", "video_step"), 0) | {"size": 16}
     least |= dict.fromkeys(("episodes_per_task", "max_steps", "after_success", "shard_episodes"), 1)
     for name, bound in least.items():
         if getattr(args, name) < bound:
             fail(f"--{name.replace('_', '-')} must be at least {bound}")
-    if not 0 <= args.background_kept <= 1:
-        fail("--background-kept is a fraction, 0 to 1")
+    for name in ("background_kept", "video_area"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} is a fraction, 0 to 1")
     return args
 
 

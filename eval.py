@@ -6,7 +6,7 @@
 
 Per-episode rows are kept in runs/<name>/rollouts.csv: a killed evaluation goes on where it stopped, more --episodes
 roll out the missing ones only, rows of an older policy of the run are dropped. results/<name>/ gets report.md,
-scores.csv, success.png, strip.png and leak_vs_success.png; gifs are in runs/<name>/rollouts/.
+scores.csv, success.png, strip.png, leak_vs_success.png and tolerance.png; gifs are in runs/<name>/rollouts/.
 Statistics follow Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice" (rliable), in plain numpy.
 """
 
@@ -52,6 +52,8 @@ class Args:
     """run folders to evaluate, by name or path; none given: every finished run in runs/"""
     episodes: int = 50
     """episodes for each run, task and label budget"""
+    labelled: tuple[str, ...] = ()
+    """label budgets to roll out, of those that a run has; none given: all"""
     seed: int = 0
     """seed of the evaluation's goals, clips and start frames (never those of the training data)"""
     envs: int = 10
@@ -566,6 +568,41 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     save_figure(figure, path)
 
 
+@plt.rc_context(STYLE)
+def draw_tolerance(table: list[dict], runs: list[dict], path: Path) -> None:
+    """How clean a target must be: success and probes against the fraction of the background that the oracle's best prompt lets through."""
+    kept = {}
+    for run in runs:
+        about = run.get("embedding") or {}
+        name, _, alpha = str(about.get("encoder")).partition("-a")
+        default_arm = run["arm"] == f"lapo-{about.get('encoder')}"  # other arms of the same target vary something else
+        if name == "oracle" and about.get("prompt") == "best" and run["policy"] and default_arm:
+            kept.setdefault(run["arm"], float(alpha or 0))
+    if len(set(kept.values())) < 3:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    place = {alpha: x for x, alpha in enumerate(sorted(set(kept.values())))}  # even steps: the fractions span decades
+    budgets = sorted({e["labelled"] for e in table if e["method"] in kept}, key=budget_order)
+    for i, budget in enumerate(budgets):
+        mine = sorted((e for e in table if e["method"] in kept and e["labelled"] == budget), key=lambda e: kept[e["method"]])
+        x = [place[kept[e["method"]]] + 0.06 * (i - (len(budgets) - 1) / 2) for e in mine]
+        left.plot(x, [e["iqm"] for e in mine], "osD^vP*X"[i % 8] + "-", color=COLOURS[i % 8], label=f"{budget} labelled")
+        for at, e in zip(x, mine, strict=True):
+            if e["iqm_ci"]:
+                left.plot([at, at], e["iqm_ci"], color=COLOURS[i % 8], alpha=0.6)
+    for i, (name, label) in enumerate((("action_probe_nmse", "action probe NMSE"), ("leak_probe_r2", "leak $R^2$"))):
+        points = [(place[kept[run["arm"]]], run[name]) for run in runs if run["arm"] in kept and run.get(name) is not None]
+        right.scatter(*zip(*points), s=12, color=COLOURS[i], alpha=0.5, linewidths=0)
+        means = [np.mean([value for at, value in points if at == x]) for x in sorted({at for at, _ in points})]
+        right.plot(sorted({at for at, _ in points}), means, "o-", color=COLOURS[i], label=label)
+    for axes in (left, right):
+        axes.set(xticks=list(place.values()), xticklabels=[f"{alpha:g}" for alpha in place], ylim=(-0.03, 1.03))
+        axes.set_xlabel("fraction of the background kept in the target")
+        axes.legend(fontsize=8)
+    left.set_ylabel("success, IQM with 95 % CI")
+    save_figure(figure, path)
+
+
 @plt.rc_context({"axes.grid": False})
 def draw_probes(runs: list[dict], path: Path) -> None:
     """Heat map of the action-probe NMSE of all embedding targets: encoder and prompt x layer and pool, mean over seeds."""
@@ -635,12 +672,18 @@ def parse(arguments: Sequence[str]) -> Args:
 
 def main(args: Args) -> None:
     start, out, runs = time.time(), Path(args.out), find_runs(args.runs)
+    if args.labelled:
+        have = sorted({budget for run in runs for budget in run["labelled_episodes"]}, key=budget_order)
+        for run in runs:
+            run["labelled_episodes"] = [budget for budget in run["labelled_episodes"] if budget in args.labelled]
+        if have and not any(run["labelled_episodes"] for run in runs):
+            raise SystemExit(f"eval.py: no run has a decoder for --labelled {' '.join(args.labelled)}; there are {', '.join(have)}")
     with ExitStack() as locks:
         for folder in (out, *(run["dir"] for run in runs)):
             lock(folder, locks)
 
         # every run with a policy plays the same episodes: test clips and goals, one seed
-        with_policy = [run for run in runs if run["policy"]]
+        with_policy = [run for run in runs if run["policy"] and run["labelled_episodes"]]
         rows, rolled_out = roll_out(with_policy, args)
 
         # success of each run and task; then IQM, mean and CIs over (runs x tasks) of each method and label budget
@@ -648,12 +691,13 @@ def main(args: Args) -> None:
         table, notes = summarise(scores, runs)
         atomic_write(out / "scores.csv", csv_text(SCORES, scores))
 
-        for name in ("success.png", "leak_vs_success.png", "strip.png", "probes.png"):
+        for name in ("success.png", "leak_vs_success.png", "tolerance.png", "strip.png", "probes.png"):
             (out / name).unlink(missing_ok=True)  # of other runs; not all of them are drawn each time
         draw_probes(runs, out / "probes.png")
         if table:
             draw_success(table, out / "success.png")
             draw_leak(table, runs, scores, out / "leak_vs_success.png")
+            draw_tolerance(table, runs, out / "tolerance.png")
             draw_strip(table, with_policy, rows, args, out / "strip.png")
         report = make_report(table, notes, runs, gather_facts(runs, args, rolled_out, time.time() - start))
         atomic_write(out / "report.md", report)

@@ -2,7 +2,7 @@
 # Every command behind the tables and figures of the README, one a cell.
 #   bash replicate.sh screen           bc-all on MT10: the first three tasks that it solves in 80 % of 50 episodes are those of `quick`
 #   bash replicate.sh quick            the main figure at CPU scale: 3 tasks, 3 seeds, 2, 4 and 8 labelled episodes
-#   bash replicate.sh ablations        one-flag variants on drawer-open, 3 seeds
+#   bash replicate.sh ablations        one-flag variants on drawer-open, 3 seeds, beside the runs of `quick` on it
 #   bash replicate.sh encoders         targets ranked by the probes of stage 1; ENCODERS="facebook/dinov2-base ..." adds pretrained ones
 #   bash replicate.sh paper            the arms of the main figure at the paper's scale (GPU; DAVIS is downloaded)
 #   bash replicate.sh quick --list     prints the commands instead, one a line, in order
@@ -18,8 +18,7 @@ mt10="reach push pick-place door-open drawer-open drawer-close button-press-topd
 
 case $scale in
 screen) tasks=${TASKS:-${mt10/peg-insert-side /}} data=data/screen ;; # the expert of peg-insert-side needs more than the 150 steps of quick
-quick) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 4 8" ;;
-ablations) tasks=${TASKS:-drawer-open} budgets="2 4 8" data=data/ablations ;;
+quick | ablations) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 4 8" ;;
 encoders) tasks=${TASKS:-drawer-open} data=data/encoders ;;
 paper)
   tasks=${TASKS:-$mt10}
@@ -33,6 +32,11 @@ if [[ $scale == ablations || $scale == encoders ]]; then
   make_data=("python collect.py --tasks $tasks --prompt best positive arm object blind --out $data")
   for kept in 0.05 0.1 0.2 0.5 1; do make_data+=("python collect.py --tasks $tasks --background-kept $kept --out $data"); done
 fi
+if [[ $scale == ablations ]]; then
+  on=$([[ " $tasks " == *" drawer-open "* ]] && echo drawer-open || echo "${tasks%% *}")
+  make_data+=("python collect.py --tasks $on --video-step 0 --out $data-still" "python collect.py --tasks $on --clips 1 --out $data-1clip")
+  for area in 25 50; do make_data+=("python collect.py --tasks $on --video-area 0.$area --out $data-${area}area"); done
+fi
 if [[ $scale == encoders ]]; then
   for id in ${ENCODERS:-}; do
     make_data+=("python collect.py --tasks $tasks --encoder $id --prompt best positive arm object blind ${ENCODER_FLAGS:-} --out $data")
@@ -42,7 +46,7 @@ elif [[ $scale == screen ]]; then
   for task in $tasks; do cells+=("$lam --data $data --tasks $task --labelled-episodes all --method bc --out runs/screen_$task"); done
 elif [[ $scale == ablations ]]; then
   for seed in $seeds; do
-    cell="$lam --data $data --seed $seed --labelled-episodes"
+    cell="$lam --data $data --tasks $on --seed $seed --labelled-episodes"
     for dim in 2 4 128; do cells+=("$cell $budgets --latent-dim $dim --arm z$dim"); done
     cells+=("$cell $budgets 16 32")                                                 # z 16, the reference, over the label budget
     for prompt in positive arm object blind; do cells+=("$cell $budgets --encoder oracle_$prompt"); done
@@ -54,6 +58,11 @@ elif [[ $scale == ablations ]]; then
     done
     cells+=("$cell $budgets --fdm-dropout 0 --arm fdm-sees-target")                 # the paper's FDM
     cells+=("$cell $budgets --fdm-dropout 0 --fdm-input pixels --arm fdm-sees-pixels")
+    cells+=("$cell $budgets --target pixels")                                       # lapo, as in quick
+    for amount in still 1clip 25area 50area; do                                     # amount of distraction
+      cells+=("${cell/$data/$data-$amount} $budgets --arm lapo-oracle-$amount")
+      cells+=("${cell/$data/$data-$amount} $budgets --target pixels --arm lapo-$amount")
+    done
   done
 else
   make_data+=("python collect.py ${preset}--tasks $tasks --videos none --encoder none --out $data-clean")
@@ -74,6 +83,8 @@ else
   done
 fi
 
+labelled=$([[ $scale != quick ]] || echo "--labelled $budgets all") # `ablations` adds budgets to some of its runs
+
 probe_cells() { # stage 1 alone for every embedding that the data set has by now
   local lam="python lam_vlm.py --data $data --stages lam --lam-updates 400 --labelled-episodes 2" file
   cells=("$lam --target pixels --arm probe-pixels" "$lam --target clean --arm probe-clean" "$lam --target masked --arm probe-masked")
@@ -84,7 +95,7 @@ probe_cells() { # stage 1 alone for every embedding that the data set has by now
 [[ $scale != encoders ]] || probe_cells
 
 if [[ ${2:-} == --list ]]; then
-  printf '%s\n' "${make_data[@]}" "${cells[@]}" "python eval.py ${preset}--out results/$scale"
+  printf '%s\n' "${make_data[@]}" "${cells[@]}" "python eval.py ${preset}--out results/$scale $labelled"
   exit
 fi
 
@@ -110,7 +121,7 @@ export done_file begun total
 train_cell() { # one cell, its progress bars left out; then what remains
   local facts
   facts=$($1 2>&1 | tr '\r' '\n' | tail -n 1; exit "${PIPESTATUS[0]}") || { echo "FAILED: $1: $facts" >&2; return 1; }
-  echo "$1" >> "$done_file"
+  echo "${facts%%:*} $1" >> "$done_file" # the run's folder, and its command
   local n passed
   n=$(wc -l < "$done_file") passed=$(($(date +%s) - begun))
   echo "[$n/$total, $((passed / 60)) min, about $((passed * (total - n) / n / 60)) min to go] $facts"
@@ -119,11 +130,5 @@ export -f train_cell
 printf '%s\n' "${cells[@]}" | xargs -P "$jobs" -d '\n' -I '{}' bash -c 'train_cell "$1"' _ '{}' ||
   { echo "replicate.sh: some cells failed, see above; the same line goes on" >&2; exit 1; }
 
-mapfile -t runs < <(python - "$data" << 'PY'
-import json, pathlib, sys
-for path in sorted(pathlib.Path("runs").glob("*/summary.json")):
-    if json.loads(path.read_text())["data"] in (sys.argv[1], f"{sys.argv[1]}-clean"):
-        print(path.parent.name)
-PY
-)
-OMP_NUM_THREADS=1 python eval.py ${preset}--out "results/$scale" --runs "${runs[@]}"
+mapfile -t runs < <(cut -d' ' -f1 "$done_file" | sort)
+OMP_NUM_THREADS=1 python eval.py ${preset}--out "results/$scale" $labelled --runs "${runs[@]}"

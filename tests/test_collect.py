@@ -193,6 +193,29 @@ def test_only_the_background_is_replaced_and_by_the_clip(make_env, camera):
         before = info["clip_frame"]
 
 
+def test_less_distraction(make_env):
+    """A still picture, one clip, and a video that shows in some cells alone, those of a quarter being among those of a half."""
+    still, one = make_env(videos="generated", video_step=0), make_env(videos="generated", clips=1)
+    clips, frames = set(), set()
+    for episode in range(8):
+        clips.add(one.reset(options={"episode": episode})[1]["clip"])
+        still.reset(options={"episode": episode})
+        info = [still.step(action)[4] for action in random_actions(3)]
+        frames.add(len({step["clip_frame"] for step in info}))
+    assert clips == {0} and frames == {1}
+    assert len({make_env(videos="generated", clips=1, split="test").reset(options={"episode": e})[1]["clip"] for e in range(8)}) > 3
+    masks = {}
+    for area in (0.0, 0.25, 0.5, 1.0):
+        frame, info = make_env(videos="generated", video_area=area).reset(options={"episode": 0})
+        masks[area] = info["mask"]
+        assert np.array_equal(frame[~info["mask"]], info["clean"][~info["mask"]])
+        cells = np.zeros((8, 8), bool)
+        cells[tuple(np.argwhere(info["mask"]).T * 8 // SIZE)] = True
+        assert cells.sum() <= 64 * area
+    assert masks[0.0].sum() == 0 < masks[0.25].sum() < masks[0.5].sum() < masks[1.0].sum()
+    assert not (masks[0.25] & ~masks[0.5]).any() and not (masks[0.5] & ~masks[1.0]).any()
+
+
 def test_without_videos_there_is_nothing_but_the_twin(make_env):
     frame, info = make_env().reset(options={"episode": 0})
     assert np.array_equal(frame, info["clean"]) and (info["clip"], info["clip_frame"]) == (-1, -1)
@@ -504,6 +527,8 @@ BAD_FLAGS = {
     "negative noise": ("--noise -1", "--noise"),
     "negative workers": ("--workers -1", "--workers"),
     "no fraction": ("--background-kept 2", "--background-kept"),
+    "no share": ("--video-area 1.5", "--video-area"),
+    "a clip less than none": ("--clips -1", "--clips"),
     "expert fails": ("--max-steps 2 --workers 2 --shard-episodes 1 --episodes-per-task 2", "--max-steps"),
 }
 
@@ -525,7 +550,9 @@ def refused_and_untouched(copy: Path, tmp_path: Path, *flags: object) -> str:
     return message
 
 
-@pytest.mark.parametrize("flags, hint", [(["--seed", 1], "seed"), (["--noise", 0.5], "noise"), (["--size", 48], "size")])
+@pytest.mark.parametrize(
+    "flags, hint", [(["--seed", 1], "seed"), (["--noise", 0.5], "noise"), (["--size", 48], "size"), (["--clips", 1], "clips")]
+)
 def test_other_arguments_into_the_same_folder_are_refused(copy, tmp_path, flags, hint):
     message = refused_and_untouched(copy, tmp_path, *flags)
     assert hint in message and "--out" in message

@@ -582,3 +582,28 @@ def test_heat_map_of_embedding_targets(lab, monkeypatch):
     assert np.allclose(axes.images[0].get_array().filled(np.nan), expected, equal_nan=True)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["oracle: best", "vlm: best", "vlm: blind"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["layer -2, last", "layer -2, text"]
+
+
+def test_tolerance_curve(lab, monkeypatch):
+    """Success, NMSE and leak over the fraction kept, from 0 (the oracle itself) on; other arms of the same target do not count."""
+    about = {"prompt": "best", "layer": 0, "pool": "all"}
+    for kept, nmse in (("", 0.4), ("-a0.05", 0.5), ("-a0.5", 0.9)):
+        make_run(f"lapo-oracle{kept}", embedding=about | {"encoder": f"oracle{kept}"}, action_probe_nmse=nmse, leak_probe_r2=nmse / 2)
+    make_run("z4", embedding=about | {"encoder": "oracle"}, action_probe_nmse=1.0, leak_probe_r2=1.0)
+    drawn = {}
+    monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    evaluate()
+    left, right = drawn["tolerance.png"].axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["0", "0.05", "0.5"]
+    assert [line.get_label() for line in left.lines] == ["2 labelled"] and len(left.lines[0].get_ydata()) == 3
+    assert {line.get_label(): list(line.get_ydata()) for line in right.lines} == {
+        "action probe NMSE": [0.4, 0.5, 0.9],
+        "leak $R^2$": [0.2, 0.25, 0.45],
+    }
+
+
+def test_label_budgets_are_chosen(lab):
+    make_run("lapo", labelled=("2", "8", "16"))
+    evaluate(labelled=("16", "2"))
+    assert {row["labelled"] for row in rows_of("lapo-s0")} == {"2", "16"}
+    assert "no run has a decoder for --labelled 4; there are 2, 8, 16" in refusal(labelled=("4",))
