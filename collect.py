@@ -4,9 +4,10 @@
     python collect.py paper --videos davis                       all of MT10, 5000 episodes a task, DAVIS-2017 backgrounds
     python collect.py --videos my_clips/ --out data/mine         a folder of video files or of frame folders as backgrounds
     python collect.py --prompt blind                             adds the embeddings of another prompt to the same data
+    torchrun --nproc_per_node=4 collect.py ...                   shards and their embeddings divided among four processes, machines or GPUs
 
 Part 1 is the environment and its trajectories, part 2 the encoders and their cache; each can be read alone. Data layout: README, "Files".
-A command that was cut off goes on where it stopped; the files are equal, byte for byte, whatever the number of workers or interruptions.
+A command that was cut off goes on where it stopped; the files are equal, byte for byte, whatever the number of workers and interruptions.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -139,11 +141,22 @@ PAPER = replace(
     QUICK, tasks=("mt10",), episodes_per_task=5000, videos="davis", size=128, max_steps=500, shard_episodes=50, out="data/paper"
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun: shard n is made by rank n % WORLD
 
 
 def fail(message: str) -> None:
     """Ends the program with one line on stderr and exit status 1."""
     raise SystemExit(f"collect.py: {message}")
+
+
+def wait_for_all_ranks() -> None:
+    """A barrier, under torchrun; the ranks share the folder of the data set."""
+    if WORLD > 1:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest shard may take long
+        dist.barrier()
 
 
 def nearest(word: str, names: tuple[str, ...] | list[str], what: str) -> str:
@@ -815,6 +828,8 @@ def collect(args: Args, out: Path) -> dict:
     clips = {split: Clips(args.videos, split, args.size).names if args.videos != "none" else [] for split in ("train", "test")}
     identity["clips"] = clips | {"train": clips["train"][: args.clips or None]}
     path = out / "meta.json"
+    if RANK > 0:
+        wait_for_all_ranks()  # until rank 0 has written it
     if path.exists():
         meta = read_meta(out)
         changed = [f"{key}: {meta.get(key)} there, {value} here" for key, value in identity.items() if meta.get(key) != value]
@@ -826,32 +841,46 @@ def collect(args: Args, out: Path) -> dict:
         env = cached_env(json.dumps({"task": args.tasks[0], "seed": args.seed, **env_args}))  # fails early, before workers start
         meta["camera_pose"] = env.renderer.pose
         write_json(path, meta)
-    jobs, facts = [], []
+    folders = {}
     for task in args.tasks:
-        for leftover in (out / task).glob(".tmp_*"):  # of a killed run; this process holds the lock
-            shutil.rmtree(leftover)
         for first in range(0, args.episodes_per_task, args.shard_episodes):
-            folder = out / task / f"shard_{first // args.shard_episodes:05d}"
             slots = range(first, min(first + args.shard_episodes, args.episodes_per_task))
-            if folder.exists():
-                facts.append(check_shard(folder))
-            else:
-                jobs.append((collect_shard, folder, {"task": task, "seed": args.seed, **env_args}, args.noise, args.after_success, slots))
-    workers = min(args.workers or os.cpu_count() or 1, max(1, len(jobs)))
-    total, start = args.episodes_per_task * len(args.tasks), time.time()
+            folders[out / task / f"shard_{first // args.shard_episodes:05d}"] = task, slots
+    if RANK == 0:
+        for leftover in out.glob("*/.tmp_*"):  # of a killed run; this process holds the lock
+            shutil.rmtree(leftover)
+        wait_for_all_ranks()
+    jobs, facts = [], []
+    for folder in list(folders)[RANK::WORLD]:
+        task, slots = folders[folder]
+        if folder.exists():
+            facts.append(check_shard(folder))
+        else:
+            jobs.append((collect_shard, folder, {"task": task, "seed": args.seed, **env_args}, args.noise, args.after_success, slots))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = min(args.workers or max(1, cores), max(1, len(jobs)))
+    total, start = sum(len(slots) for _, slots in list(folders.values())[RANK::WORLD]), time.time()
     new_frames = 0
-    with tqdm(total=total, initial=sum(f["episodes"] for f in facts), desc="collect", unit="episode", smoothing=0.1) as bar:
+    with tqdm(
+        total=total, initial=sum(f["episodes"] for f in facts), desc="collect", unit="episode", smoothing=0.1, disable=RANK > 0
+    ) as bar:
         for fact in parallel(workers, jobs):
             facts.append(fact)
             new_frames += fact["frames"]
             bar.set_postfix_str(f"{new_frames / (time.time() - start):.0f} frames/s")
             bar.update(fact["episodes"])
+    wait_for_all_ranks()
+    if WORLD > 1:  # the others' shards
+        facts = [check_shard(folder) for folder in folders]
     meta["shards"] = sorted(facts, key=lambda fact: fact["shard"])
+    if RANK > 0:
+        return meta
     write_json(path, meta)
+    total = args.episodes_per_task * len(args.tasks)
     frames, dropped = sum(f["frames"] for f in facts), sum(sum(f["attempts"]) for f in facts)
     size = sum(file.stat().st_size for file in out.rglob("*.npy"))
     background = sum(f["background"] * f["frames"] for f in facts) / frames
-    speed = f"{new_frames / (time.time() - start):.0f} frames/s" if jobs else "nothing left to do"
+    speed = f"{new_frames / (time.time() - start):.0f} frames/s{' a rank' * (WORLD > 1)}" if jobs else "nothing left to do"
     expert = total / (total + dropped)
     print(f"{out}: {total} episodes, {frames} frames, expert success {expert:.1%}, background {background:.0%} of the area, "
           f"{size / 2**20:.0f} MiB, {speed}")  # fmt: skip
@@ -1026,7 +1055,8 @@ class Pretrained:
         self.source = {"pretrained_model_name_or_path": self.id}
         self.source |= {} if Path(self.id).is_dir() else {"revision": config["revision"]}
         available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        self.device, self.dtype = torch.device(available), torch.bfloat16 if available == "cuda" else torch.float32
+        place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if available == "cuda" else available
+        self.device, self.dtype = torch.device(place), torch.bfloat16 if available == "cuda" else torch.float32
         self.batch = args.encoder_batch or (64 if available == "cuda" else 16)
         self.revision = config["revision"][:8]
         folder = Path(self.id).resolve().name  # of a local model the content is recorded, not where it lies
@@ -1420,7 +1450,7 @@ def embed(args: Args, out: Path, meta: dict) -> None:
     prompts = tuple(dict.fromkeys(args.prompt)) if encoder.promptable else ("noprompt",)
     cells = [(prompt, layer, pool) for prompt in prompts for layer in encoder.layers for pool in encoder.pools]
     guards, made_with, work = {}, {}, []
-    for fact in meta["shards"]:
+    for fact in meta["shards"][RANK::WORLD]:
         shard, task, missing = out / fact["shard"], fact["shard"].split("/")[0], []
         texts = {prompt: prompt_text(prompt, task) if encoder.promptable else "" for prompt in prompts}
         if encoder.about and not all(text in {cell[0] for cell in guards} for text in texts.values()):
@@ -1444,7 +1474,9 @@ def embed(args: Args, out: Path, meta: dict) -> None:
                 missing.append((path, about, guard))
         if missing:
             work.append((fact, missing))
-    with tqdm(total=sum(fact["frames"] for fact, _ in work), desc=f"embed {encoder.name}", unit="image", disable=not work) as bar:
+    with tqdm(
+        total=sum(fact["frames"] for fact, _ in work), desc=f"embed {encoder.name}", unit="image", disable=RANK > 0 or not work
+    ) as bar:
         for fact, missing in work:
             shard, task = out / fact["shard"], fact["shard"].split("/")[0]
             frames, segments = (np.load(shard / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "segments"))
@@ -1469,7 +1501,9 @@ def embed(args: Args, out: Path, meta: dict) -> None:
                 atomic_write(path.with_suffix(".npy"), buffer.getvalue())
                 facts = {"dim": array.shape[1], "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
                 write_json(path, about | made_with | ({"guard": guard} if guard else {}) | facts)
-    print(f"{out}: embeddings {', '.join(embedding_key(encoder, *cell) for cell in cells)}")
+    wait_for_all_ranks()
+    if RANK == 0:
+        print(f"{out}: embeddings {', '.join(embedding_key(encoder, *cell) for cell in cells)}")
 
 
 def list_embeddings(out: Path) -> None:
@@ -1521,13 +1555,14 @@ def main(args: Args) -> None:
         return list_embeddings(out)
     if args.encoder not in ("oracle", "none"):
         encoder_config(args)  # a wrong name fails here, not after hours of collecting
-    lock = lock_folder(out)  # held until the process ends
+    lock = lock_folder(out) if RANK == 0 else None  # held until the process ends
     meta = collect(args, out)
-    if not (out / "preview.png").exists():
+    if RANK == 0 and not (out / "preview.png").exists():
         preview(args, out)
     if args.encoder != "none":
         embed(args, out, meta)
-    os.close(lock)
+    if lock is not None:
+        os.close(lock)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@
     python lam_vlm.py paper --data data/paper --tasks drawer-open --encoder KEY
                                                                  the paper's scale, one GPU
 
+    torchrun --nproc_per_node=4 lam_vlm.py ...                   the same on four GPUs or machines; --batch-size stays that of all together
+
 Reads data/<name>/ (collect.py), writes runs/<name>/. A command that was cut off goes on where it stopped, with the same weights on a CPU.
 `load_policy(run_dir)` gives observation -> action.
 """
@@ -20,21 +22,26 @@ import fcntl
 import hashlib
 import io
 import json
+import mmap
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 
@@ -122,6 +129,11 @@ PAPER = replace(
 )  # fmt: skip
 PRESETS = {"quick": QUICK, "paper": PAPER}
 CLEAN_DATA = "none"  # meta.json's env.videos where nothing moves in the background
+RANK, WORLD = (
+    int(os.environ.get("RANK", 0)),
+    int(os.environ.get("WORLD_SIZE", 1)),
+)  # of torchrun; each rank trains on a slice of every batch
+MINE = slice(RANK, None, WORLD)
 
 
 def fail(message: str) -> None:
@@ -165,8 +177,10 @@ class Column:
         shard = np.searchsorted(self.ends, rows, side="right")
         out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         for s in np.unique(shard):
-            here = shard == s
-            out[here] = self.parts[s][rows[here] - (self.ends[s] - len(self.parts[s]))]
+            here, part = shard == s, self.parts[s]
+            out[here] = part[rows[here] - (self.ends[s] - len(part))]
+            if isinstance(part.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                part.base.madvise(mmap.MADV_DONTNEED)  # the system caches the pages anyway; they need not count as this process's memory
         return torch.from_numpy(out).to(self.device, non_blocking=True)
 
 
@@ -196,6 +210,10 @@ class Dataset:
         shards = [fact for fact in self.meta["shards"] if fact["shard"].split("/")[0] in tasks]
         folders = [root / fact["shard"] for fact in shards]
         self.columns = {}
+        soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        need = 8 * len(folders) + 100  # a mapped array keeps its file open
+        if soft < need <= most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
         names = ["frames", "segments", "actions", "states", "episode"]
         for name in names + (["clean"] if args.method == "lapo" and args.target == "clean" else []):
             self.columns[name] = Column([folder / f"{name}.npy" for folder in folders], device)
@@ -232,7 +250,8 @@ class Dataset:
                 fail(f"--labelled-episodes takes `all` or a number from 1 to {self.n_train} (episodes to train on), not {count!r}")
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         size = sum(column.nbytes for column in self.columns.values())
-        self.resident = args.resident == "yes" or (args.resident == "auto" and size < 0.4 * free)
+        share = 0.4 / (1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # ranks of a machine share its memory
+        self.resident = args.resident == "yes" or (args.resident == "auto" and size < share * free)
         if self.resident:
             for column in self.columns.values():
                 column.make_resident()
@@ -411,14 +430,17 @@ class LAM(nn.Module):
             getattr(self, f"{prefix}std").copy_(std.clamp_min(0.1 * std.mean() + 1e-6))  # a dimension that never changes is not blown up
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """MSE of the standardised change; masked: over the robot's pixels alone. The target takes no gradient. Plus the action loss."""
+        """MSE of the standardised change; masked: over the robot's pixels alone (weight: 0 or 1 / their share). Plus the action loss.
+
+        The target takes no gradient.
+        """
         now, future, target_now, target_next, weight, *labelled = batch
         z = self.idm(now, future)
         target = ((target_next - target_now - self.change_mean) / self.change_std).detach()
         start = to_float(now) if self.args.fdm_input == "pixels" or target.ndim == 4 and self.args.target != "clean" else None
         start = (target_now - self.mean) / self.std if start is None else start
         error = (self.fdm(start, z) - target) ** 2
-        loss = error.mean() if weight is None else (error * weight).sum() / (3 * weight.sum()).clamp_min(1)
+        loss = (error if weight is None else error * weight).mean()
         if labelled:
             before, after, actions = labelled
             loss = loss + self.args.supervision * F.mse_loss(self.action_head(self.idm(before, after)), actions)
@@ -575,16 +597,21 @@ class Log:
     def __init__(self, folder: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path, self.writer = folder / "metrics.jsonl", SummaryWriter(str(folder / "tensorboard"))
+        self.path = folder / "metrics.jsonl"
+        self.writer = SummaryWriter(str(folder / "tensorboard")) if RANK == 0 else None
 
     def rewind(self, stage: str, update: int) -> None:
         """Drops the rows after the checkpoint from which a stage goes on, and a line that a kill cut."""
+        if RANK > 0:
+            return
         lines = self.path.read_text().split("\n") if self.path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]
         kept = [row for row in rows if row["stage"] != stage or row["update"] <= update]
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __call__(self, stage: str, update: int, values: dict) -> None:
+        if RANK > 0:
+            return
         with open(self.path, "a") as file:
             file.write(json.dumps({"stage": stage, "update": update} | values) + "\n")
         for name, value in values.items():
@@ -610,6 +637,17 @@ class Run:
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
 
 
+class Objective(nn.Module):
+    """A module and its loss in one forward pass, so that DistributedDataParallel sees it and averages the gradients over the ranks."""
+
+    def __init__(self, module: nn.Module, loss_of: Callable):
+        super().__init__()
+        self.module, self.loss_of = module, loss_of
+
+    def forward(self, batch: tuple) -> Tensor:
+        return self.loss_of(batch)
+
+
 def train(
     run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable, probe: Callable | None = None
 ) -> None:
@@ -617,6 +655,7 @@ def train(
 
     Batches, noise and dropout of an update are drawn from [seed, stage, update] alone, so a run that was cut off and goes on sees what the
     uninterrupted one sees. AdamW, one-cycle schedule. A loss that is not finite ends the run; the last good checkpoint stays.
+    Under torchrun every rank draws the whole batch and makes its slice; rank 0 alone probes, logs and writes.
     """
     args, path = run.args, run.folder / f"{stage}.pt"
     optimiser = torch.optim.AdamW(module.parameters(), lr, weight_decay=args.weight_decay)
@@ -635,6 +674,10 @@ def train(
     run.log.rewind(stage, start)
     number = {"lam": 1, "bc": 2}.get(stage, 3)
 
+    objective = Objective(module, loss_of)
+    if WORLD > 1:
+        objective = DistributedDataParallel(objective, find_unused_parameters=True, broadcast_buffers=False)
+
     def save(update: int) -> None:
         state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
         save_checkpoint(path, state | {"update": update, "seconds": seconds + time.time() - begun, "identity": run.identity})
@@ -642,11 +685,11 @@ def train(
     begun, total = time.time(), torch.zeros((), device=run.device)
     draw = lambda update: make(np.random.default_rng([args.seed, number, update]))  # noqa: E731
     module.train()
-    with tqdm(total=updates, initial=start, desc=stage, unit="update", smoothing=0.05, mininterval=1) as bar:
+    with tqdm(total=updates, initial=start, desc=stage, unit="update", smoothing=0.05, mininterval=1, disable=RANK > 0) as bar:
         for update, batch in batches(draw, start, updates, prefetch=not run.data.resident):
-            torch.manual_seed(1_000_003 * args.seed + 10**7 * number + update)
+            torch.manual_seed(1_000_003 * args.seed + 10**7 * number + update + 10**12 * RANK)
             with run.autocast() if number < 3 else nullcontext():  # the decoder is too small to gain from it
-                loss = loss_of(batch)
+                loss = objective(batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -655,7 +698,9 @@ def train(
             bar.update()
             done = update + 1
             if done % args.log_every == 0 or done == updates:
-                mean = total.item() / ((done - 1) % args.log_every + 1)
+                if WORLD > 1:
+                    dist.all_reduce(total)
+                mean = total.item() / WORLD / ((done - 1) % args.log_every + 1)
                 if not np.isfinite(mean):
                     fail(f"{stage}: the loss is {mean} near update {done}; the last good checkpoint, if any, stays; try a lower --lr")
                 total.zero_()
@@ -668,7 +713,7 @@ def train(
                     row |= probe()
                     module.train()
                 run.log(stage, done, row)
-                if done % (4 * args.log_every) == 0 or done == updates:
+                if RANK == 0 and (done % (4 * args.log_every) == 0 or done == updates):
                     save(done)
 
 
@@ -684,22 +729,25 @@ def train_lam(run: Run) -> LAM:
     labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)
 
     def make(rng: np.random.Generator) -> tuple:
-        rows = rng.choice(data.train, args.batch_size)
-        ahead = np.minimum(rows + gap * rng.integers(1, args.idm_horizon + 1, args.batch_size), data.last[rows])
-        weight = (data.columns["segments"][rows + gap] == 2)[:, None].float() if args.target == "masked" else None
+        rows, weight = rng.choice(data.train, args.batch_size), None
+        ahead = np.minimum(rows + gap * rng.integers(1, args.idm_horizon + 1, args.batch_size), data.last[rows])[MINE]
+        if args.target == "masked":
+            robot = (data.columns["segments"][rows + gap] == 2)[:, None].float()
+            weight = robot[MINE] / robot.mean().clamp_min(1e-6)
+        rows = rows[MINE]
         target = target_picture(data, rows, args), target_picture(data, rows + gap, args)
         batch = data.observe(rows, args.frame_stack), data.observe(ahead, 1), *target, weight
         if args.supervision:
-            rows = rng.choice(labelled, args.batch_size)
+            rows = rng.choice(labelled, args.batch_size)[MINE]
             batch += data.observe(rows, args.frame_stack), data.observe(rows + gap, 1), data.columns["actions"][rows]
         return batch
 
-    probes = Probes(data, args)
-    train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, lambda: probes(lam.idm))
+    probes = Probes(data, args) if RANK == 0 else None
+    train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, (lambda: probes(lam.idm)) if probes else None)
     lam.eval().requires_grad_(False)
     with torch.no_grad():
         lam.latent_std.copy_(encode(lam.idm, data, args, data.train[:: max(1, len(data.train) // 10_000)]).std())
-    run.probes = probes(lam.idm)
+    run.probes = probes(lam.idm) if probes else {}
     return lam
 
 
@@ -713,11 +761,18 @@ def train_bc(run: Run, lam: LAM | None) -> Head:
     size = data.meta["env"]["size"]
     policy = Head(3 * args.frame_stack, args.latent_dim if lam else 4, size, args).to(run.device, memory_format=torch.channels_last)
     rows = data.train if lam else data.labelled(args.labelled_episodes[0])
-    targets = encode(lam.idm, data, args, rows) / lam.latent_std if lam else data.columns["actions"][rows]
+    if lam:
+        targets = torch.zeros(len(rows), args.latent_dim, device=run.device)
+        mine = slice(len(rows) * RANK // WORLD, len(rows) * (RANK + 1) // WORLD)
+        targets[mine] = encode(lam.idm, data, args, rows[mine]) / lam.latent_std
+        if WORLD > 1:
+            dist.all_reduce(targets)
+    else:
+        targets = data.columns["actions"][rows]
 
     def make(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        pick = rng.integers(len(rows), size=args.batch_size)
-        shifts = torch.from_numpy(rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))).to(run.device)
+        pick = rng.integers(len(rows), size=args.batch_size)[MINE]
+        shifts = torch.from_numpy(rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[MINE]).to(run.device)
         frames = random_shift(data.observe(rows[pick], args.frame_stack), shifts, args.max_shift)
         return frames, targets[torch.from_numpy(pick).to(run.device)]
 
@@ -739,14 +794,15 @@ def train_decoder(run: Run, policy: Head, count: str) -> Decoder:
         parts = [slice(k, k + 512) for k in range(0, len(rows), 512)]
         shifted = (random_shift(data.observe(rows[part], args.frame_stack), shifts[part], args.max_shift) for part in parts)
         latents = torch.cat([policy(to_float(frames)).float() for frames in shifted])
-    actions, noise = data.columns["actions"][rows], args.decoder_noise * latents.std(0)
+    actions, scale = data.columns["actions"][rows], args.decoder_noise * latents.std(0)
 
     def make(rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        pick = torch.from_numpy(rng.integers(len(rows), size=args.batch_size)).to(run.device)
-        return latents[pick], actions[pick]
+        pick = torch.from_numpy(rng.integers(len(rows), size=args.batch_size)[MINE]).to(run.device)
+        noise = torch.from_numpy(rng.standard_normal((args.batch_size, args.latent_dim), np.float32)[MINE]).to(run.device)
+        return latents[pick] + scale * noise, actions[pick]
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.mse_loss(decoder(batch[0] + noise * torch.randn_like(batch[0])), batch[1])
+        return F.mse_loss(decoder(batch[0]), batch[1])
 
     train(run, f"decoder_{count}", decoder, args.decoder_updates, args.decoder_lr, make, loss_of)
     return decoder.eval()
@@ -813,6 +869,7 @@ def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         reason = {"cuda": "a CUDA device is here", "mps": "Apple GPU", "cpu": "no GPU found"}[wanted]
+        wanted += f":{os.environ['LOCAL_RANK']}" if WORLD > 1 and wanted == "cuda" else ""
     else:
         reason = "--device"
     try:
@@ -885,7 +942,11 @@ def parse_args(arguments: list[str]) -> Args:
 
 def open_run(args: Args) -> Run:
     """Locks runs/<name>/, refuses a folder of other arguments, loads the data, and writes args.json."""
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size} can not be divided among {WORLD} ranks")
     device, dtype = pick_device(args.device, args.dtype)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # rank 0 probes while others wait
     args.dtype = str(dtype).removeprefix("torch.")
     data = Dataset(args, device)
     args.tasks = args.tasks or tuple(data.meta["tasks"])
@@ -896,7 +957,8 @@ def open_run(args: Args) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
+        if RANK == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
     except OSError:
         fail(f"another process is writing {folder}; wait for it, or choose another --out")
     free = {"stages", "device", "resident", "out", "arm"}  # these do not change what a stage computes
@@ -909,7 +971,10 @@ def open_run(args: Args) -> Run:
         changed = [f"{key}: {stored.get(key)} there, {value} here" for key, value in identity.items() if stored.get(key) != value]
         if changed:
             fail(f"{folder} is a run with other arguments ({'; '.join(changed)}); choose another --out")
-    atomic_write(path, json.dumps(asdict(args), indent=1) + "\n")
+    if WORLD > 1:
+        dist.barrier()  # nobody trains before every rank has agreed
+    if RANK == 0:
+        atomic_write(path, json.dumps(asdict(args), indent=1) + "\n")
     identity = {"run": hashlib.sha256(json.dumps([identity, data.hash]).encode()).hexdigest()[:16], "data": data.hash}
     return Run(args, data, device, dtype, folder, Log(folder), identity, lock)
 
@@ -943,7 +1008,7 @@ def summarise(run: Run) -> None:
     summary |= {"labelled_episodes": list(policies), "policy_hash": hashes} | run.probes
     summary |= {"per_stage": stages, "identity": run.identity["run"], "embedding": run.data.embedding}
     summary |= {"data": args.data, "data_hash": run.data.hash, "size": run.data.meta["env"]["size"], "device": str(run.device)}
-    summary |= {"dtype": str(run.dtype), "threads": torch.get_num_threads()}
+    summary |= {"dtype": str(run.dtype), "ranks": WORLD, "threads": torch.get_num_threads()}
     summary |= {"versions": {"python": sys.version.split()[0]} | {name: version(name) for name in ("torch", "numpy")}}
     atomic_write(run.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     curves(run.folder)
@@ -969,11 +1034,16 @@ def main(args: Args) -> None:
         for count in args.labelled_episodes:
             train_decoder(run, policy, count)
 
-    summarise(run)
+    if RANK == 0:
+        summarise(run)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     try:
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # rank 0 speaks; errors are everybody's
         main(parse_args(sys.argv[1:]))
     except (OSError, torch.OutOfMemoryError) as error:
         fail(f"{error}; what is finished is kept: run the same command again")

@@ -5,11 +5,13 @@ import fcntl
 import gc
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, digests, kill_when, refusal, run_script, start_script
+from conftest import ROOT, TINY, digests, kill_when, refusal, run_script, start_script
 from gymnasium.utils.env_checker import check_env
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
@@ -417,6 +419,16 @@ def test_killed_with_two_workers_and_started_again_makes_the_bytes_of_one_uninte
     assert made.returncode == 0, made.stderr
     assert digests(out) == digests(tiny_data)
     assert "5 episodes" in made.stdout and "frames/s" in made.stdout
+
+
+def test_two_ranks_make_the_bytes_of_one(tiny_data, tmp_path):
+    """Shards and embeddings are divided among the processes of torchrun; a second command finds nothing left to do."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "collect.py"]
+    command = [sys.executable, *launcher, *TINY, "--workers", 1, "--prompt", "best", "blind", "--out", "data/tiny"]
+    for fact in ("a rank", "nothing left to do"):
+        made = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert made.returncode == 0 and made.stdout.count("5 episodes") == 1 and fact in made.stdout, made.stderr
+        assert digests(tmp_path / "data/tiny") == digests(tiny_data)
 
 
 # ------------------------------------------------------------------------------------------------ oracle and cache

@@ -6,13 +6,17 @@ import itertools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import kill_when, refusal, run_script, start_script
+from conftest import ROOT, kill_when, refusal, run_script, start_script
 from torch import Tensor, nn
 
 import lam_vlm
@@ -266,12 +270,13 @@ def test_full_dropout_leaves_the_forward_model_nothing_but_z(new_run, monkeypatc
 def test_the_masked_loss_counts_only_the_robots_pixels(new_run, monkeypatch):
     lam, make, loss_of = what_is_trained(new_run(target="masked", fdm_dropout=0.0), monkeypatch)["lam"]
     now, future, target_now, target_next, weight = make(np.random.default_rng(0))
-    assert set(weight.unique().tolist()) == {0, 1} and not weight[..., : SIZE // 2].any(), "the left half is background"
+    assert weight.mean() == pytest.approx(1) and not weight[..., : SIZE // 2].any(), "the left half is background"
+    assert len(weight.unique()) == 2
     change = lambda where: loss_of((now, future, target_now, torch.where(where, 0.5 - target_next, target_next), weight)).item()  # noqa: E731
     loss = loss_of((now, future, target_now, target_next, weight)).item()
-    assert change(weight == 0) == pytest.approx(loss, rel=1e-6) and change(weight == 1) != pytest.approx(loss, rel=1e-3)
+    assert change(weight == 0) == pytest.approx(loss, rel=1e-6) and change(weight > 0) != pytest.approx(loss, rel=1e-3)
     z, target = lam.idm(now, future), (target_next - target_now - lam.change_mean) / lam.change_std
-    errors = ((lam.fdm(lam_vlm.to_float(now), z) - target) ** 2)[weight.expand_as(target) == 1]
+    errors = ((lam.fdm(lam_vlm.to_float(now), z) - target) ** 2)[weight.expand_as(target) > 0]
     assert loss == pytest.approx(errors.mean().item(), rel=1e-5)
 
 
@@ -315,7 +320,7 @@ def test_one_batch_can_be_learnt_by_heart(tiny_data, new_run, monkeypatch, targe
 
 
 GOLDEN = {  # meant to change with what they test; a failure shows the new values
-    "pixels": {"lam": [1.067709, 1.043061], "bc": [0.961877, 0.926797], "decoder_2": [0.255726, 0.502105]},
+    "pixels": {"lam": [1.067709, 1.043061], "bc": [0.961877, 0.926797], "decoder_2": [0.255821, 0.50117]},
     "clean": {"lam": [1.138114, 1.149407], "bc": [0.951983, 0.91518], "decoder_2": [0.255694, 0.502155]},
     "masked": {"lam": [1.122378, 1.077528], "bc": [0.982424, 0.9373], "decoder_2": [0.25573, 0.502089]},
     "embedding": {"lam": [1.23364, 1.455505], "bc": [0.986698, 0.952967], "decoder_2": [0.255738, 0.502079]},
@@ -716,6 +721,63 @@ def test_load_policy_refuses_what_is_no_policy(new_run, finished, tmp_path):
     with pytest.raises(SystemExit) as error:
         load_policy(finished)
     assert "bc.pt" in one_line(error)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def torchrun(made_up: Path, cwd: Path, **changes: object) -> subprocess.Popen:
+    """Two ranks on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "lam_vlm.py")]
+    command = [*launcher, *flags(**{"data": made_up, "out": "two", "dtype": "float32", "fdm_dropout": 1.0} | changes)]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rows_of(folder: Path) -> dict[tuple, dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({(row["stage"], row["update"]) for row in rows}) == len(rows), "only one rank logs"
+    return {(row["stage"], row["update"]): row for row in rows}
+
+
+@pytest.mark.parametrize("target", ["embedding", "masked"])
+def test_two_ranks_train_like_one(new_run, made_up, tmp_path, target):
+    """With the same global batch every loss and probe is that of one process, up to rounding."""
+    changes = {"target": target, "lam_updates": 6, "bc_updates": 6, "decoder_updates": 6}
+    one = new_run(dtype="float32", fdm_dropout=1.0, **changes)
+    train_all(one)
+    process = torchrun(made_up, tmp_path, **changes)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and stdout.count("two: ") == 1, stderr  # rank 0 alone speaks
+    mine, theirs = rows_of(one.folder), rows_of(tmp_path / "two")
+    assert mine.keys() == theirs.keys()
+    for key, row in mine.items():
+        for name in row.keys() & {"loss", "action_probe_mse", "leak_probe_r2"}:
+            assert theirs[key][name] == pytest.approx(row[name], rel=1e-4, abs=1e-4), (key, name)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["ranks"] == 2 and set(summary["policy_hash"]) == {"1", "2"}
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(made_up, tmp_path):
+    changes = {"lam_updates": 400, "stages": ("lam",), "log_every": 5}
+    process = torchrun(made_up, tmp_path, **changes)
+    while not (tmp_path / "two/lam.pt").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    children = [int(line) for line in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+    os.kill(max(children), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0 and "SIGKILL" in process.communicate()[1]
+    update = torch.load(tmp_path / "two/lam.pt", weights_only=True)["update"]
+    assert update < 400
+    again = torchrun(made_up, tmp_path, **changes)
+    stdout, stderr = again.communicate(timeout=300)
+    assert again.returncode == 0 and f"goes on at update {update}" in stdout, stderr
+    assert json.loads((tmp_path / "two/summary.json").read_text())["stages"] == ["lam"]
+
+
+def test_a_batch_that_can_not_be_divided_is_refused(made_up, tmp_path):
+    process = torchrun(made_up, tmp_path, batch_size=7)
+    assert "lam_vlm.py: --batch-size 7 can not be divided among 2 ranks" in process.communicate(timeout=300)[1] and process.returncode == 1
 
 
 # ------------------------------------------------------------------------------------------------ the paper's effect, small
