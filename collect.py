@@ -12,6 +12,7 @@ A command that was cut off goes on where it stopped; the files are equal, byte f
 
 from __future__ import annotations
 
+import atexit
 import colorsys
 import concurrent.futures
 import contextlib
@@ -208,7 +209,8 @@ class Renderer:
         self.rgb = np.empty((self.side, self.side, 3), np.uint8)
         self.depth = np.empty((self.side, self.side), np.float32)
         self.rect = mujoco.MjrRect(0, 0, self.side, self.side)
-        self.close = weakref.finalize(self, release, self.context, self.gl)  # also at the end of the program, before EGL is torn down
+        self.close = weakref.finalize(self, release, self.context, self.gl)
+        atexit.register(self.close)  # runs before mujoco's own, registered earlier, tears EGL down
         self.segment_of_body = np.array([self._segment(body) for body in range(model.nbody)], np.uint8)
 
     def _segment(self, body: int) -> int:

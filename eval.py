@@ -56,7 +56,7 @@ class Args:
     """label budgets to roll out, of those that a run has; none given: all"""
     seed: int = 0
     """seed of the evaluation's goals, clips and start frames (never those of the training data)"""
-    envs: int = 10
+    envs: int = 5
     """environments stepped in lockstep with one batched policy call"""
     workers: int = 0
     """processes (0: one per core; 1: all in this process, which shows the full trace of an error)"""
@@ -375,6 +375,7 @@ def run_blocks(blocks: list[Block], workers: int) -> Iterator[tuple[Block, tuple
         yield from ((block, roll_out_block(block)) for block in blocks)
         return close_envs()  # a renderer that is left to the interpreter's exit complains
     workers = min(workers or len(os.sched_getaffinity(0)), len(blocks))
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # software rendering: one thread a process, or they fight
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     futures = {pool.submit(roll_out_block, block): block for block in blocks}
     try:

@@ -420,13 +420,18 @@ class LAM(nn.Module):
 
     def fit_statistics(self, data: Dataset) -> None:
         """Mean and std of target and change, per embedding dimension or colour, over (a sample of) the training transitions."""
-        rows = np.sort(np.random.default_rng(0).permutation(data.train)[:10_000])
-        now, after = target_picture(data, rows, self.args), target_picture(data, rows + self.args.frame_gap, self.args)
-        change = after - now
-        axes = 0 if now.ndim == 2 else (0, 2, 3)
-        for prefix, values in (("", now), ("change_", change)):
-            std = values.std(axes).reshape(self.mean.shape)
-            getattr(self, f"{prefix}mean").copy_(values.mean(axes).reshape(self.mean.shape))
+        rows, moments = np.sort(np.random.default_rng(0).permutation(data.train)[:10_000]), {"": [], "change_": []}
+        for part in np.array_split(rows, -(-len(rows) // 500)):
+            now, after = target_picture(data, part, self.args), target_picture(data, part + self.args.frame_gap, self.args)
+            axes = 0 if now.ndim == 2 else (0, 2, 3)
+            for prefix, values in (("", now), ("change_", after - now)):
+                count, values = values[:, 0].numel(), values.cpu().double()  # MPS has no float64
+                moments[prefix].append(torch.stack([values.sum(axes), (values**2).sum(axes), torch.full_like(values.sum(axes), count)]))
+        for prefix, parts in moments.items():
+            total, squares, count = torch.stack(parts).sum(0)
+            mean = total / count
+            std = ((squares - count * mean**2) / (count - 1)).clamp_min(0).sqrt().reshape(self.mean.shape)
+            getattr(self, f"{prefix}mean").copy_(mean.reshape(self.mean.shape))
             getattr(self, f"{prefix}std").copy_(std.clamp_min(0.1 * std.mean() + 1e-6))  # a dimension that never changes is not blown up
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:

@@ -1,20 +1,28 @@
-"""Speed, side by side in one run and on one core: python tests/benchmark.py [--json] prints {name: ratio}.
+"""Speed, side by side in one run: python tests/benchmark.py [--json] prints {name: ratio}; what is compared runs in turns, so that other
+load on the machine hits all of it.
 
 env_step: times faster than the public way (gymnasium renders colour, a second environment the segmentation) is a step with frame and twin.
-data_loading_share: share of an update of stage 1 that goes into making its batch; data_loading is its inverse.
+stage1: times faster than a plain eager float32 loop with a DataLoader over the same arrays is an update of stage 1 at LAOM's widths.
+evaluation: times more episodes a second than one environment and one forward pass at a time, the processes' start included.
+embedding: times more images a second than a loop of one image a call, a tiny random LLaVA, two prompts.
 bootstrap: times faster than a plain Python loop is the vectorised interval of a (3, 10) matrix with 50 000 replicates.
+data_loading_share: share of an update of stage 1, quick, that goes into making its batch.
+
+python tests/benchmark.py --big [GIB] trains stage 1 from a mapped data set of that size (20; the files are sparse and take no disk):
+peak memory, and rate relative to resident data. python tests/benchmark.py --cost collects and trains at 1x, 4x and 16x the data and draws
+time and memory of each stage to results/cost/cost.png.
 """
 
+import csv
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):
-    os.environ[variable] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -38,7 +46,7 @@ def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict
 
 
 def env_step() -> dict[str, float]:
-    """64 px, default quality; physics, colour, background mask and composition for both."""
+    """64 px, default quality; physics, colour, background mask and composition for both. One thread."""
     import mujoco
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
@@ -87,37 +95,141 @@ def env_step() -> dict[str, float]:
 
 
 def data_loading() -> dict[str, float]:
-    """An update of stage 1 with the default target and arguments on synthetic data of the quick size, resident, one thread."""
-    torch.set_num_threads(1)
+    """An update of stage 1 with the default target and arguments on synthetic data of the quick size, resident."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--data", f"{folder}/data", "--encoder", "made_up", "--out", f"{folder}/run", "--stages", "lam", "--resident", "yes"]
         make_quick_data(Path(folder, "data"))
-        run = lam_vlm.open_run(lam_vlm.parse_args(flags))
-        caught = {}
-        train, lam_vlm.train = (
-            lam_vlm.train,
-            lambda run, stage, module, updates, lr, make, loss_of, probe=None: caught.update(module=module, make=make, loss_of=loss_of),
-        )
-        lam_vlm.train_lam(run)
-        lam_vlm.train = train
-        module, make, loss_of = caught["module"].train().requires_grad_(True), caught["make"], caught["loss_of"]
+        run, module, make, loss_of = first_stage(folder)
         optimiser, batch, rng = torch.optim.AdamW(module.parameters()), [None], np.random.default_rng(0)
 
         def load() -> None:
             batch[0] = make(rng)
 
         def learn() -> None:
+            with run.autocast():
+                loss = loss_of(batch[0])
             optimiser.zero_grad(set_to_none=True)
-            loss_of(batch[0]).backward()
+            loss.backward()
             optimiser.step()
 
         seconds = interleaved({"load": load, "learn": learn}, 30)
         os.close(run.lock)
     share = seconds["load"] / sum(seconds.values())
-    return {"data_loading": 1 / share, "data_loading_share": share, "update_ms": 1000 * sum(seconds.values())}
+    return {"data_loading_share": share, "update_ms": 1000 * sum(seconds.values())}
 
 
-def make_quick_data(root: Path) -> None:
+def first_stage(folder: str, *flags: str) -> tuple:
+    """(run, LAM, make(rng) -> batch, loss_of(batch)) of stage 1 on the data set folder/data, before its first update."""
+    arguments = ["--data", f"{folder}/data", "--encoder", "made_up", "--out", f"{folder}/run", "--stages", "lam", "--resident", "yes"]
+    run, caught = lam_vlm.open_run(lam_vlm.parse_args([*arguments, *flags])), []
+    train = lam_vlm.train
+    lam_vlm.train = lambda run, stage, module, updates, lr, make, loss_of, probe=None: caught.extend([module, make, loss_of])
+    lam_vlm.train_lam(run)
+    lam_vlm.train = train
+    return run, caught[0].train().requires_grad_(True), *caught[1:]
+
+
+def stage1() -> dict[str, float]:
+    """LAOM's widths at 64 px, embedding target, batches of 32, all cores: ours (bfloat16 where the hardware has it, channels last, batches
+    indexed as a whole) against float32, channels first, and a DataLoader that collates single transitions in two processes."""
+    widths = "--widths 96 192 192 --res-blocks 2 --stem 2 --fdm-hidden 1024 --latent-dim 128 --batch-size 32".split()
+    with tempfile.TemporaryDirectory() as folder:
+        make_quick_data(Path(folder, "data"))
+        run, module, make, loss_of = first_stage(folder, *widths)
+        shard = Path(folder, "data/drawer-open/shard_00000")
+        frames, embeddings = np.load(shard / "frames.npy"), np.load(shard / "embeddings/made_up.npy")
+        plain = lam_vlm.LAM(run.data, run.args)
+        plain.fit_statistics(run.data)
+
+        class Transitions(torch.utils.data.Dataset):
+            def __len__(self) -> int:
+                return len(run.data.train)
+
+            def __getitem__(self, index: int) -> tuple:
+                t = run.data.train[index]
+                pictures = (torch.from_numpy(frames[k]).permute(2, 0, 1).float() / 255 - 0.5 for k in (t, t + 1))
+                return *pictures, torch.from_numpy(embeddings[t]).float(), torch.from_numpy(embeddings[t + 1]).float()
+
+        loader = iter(torch.utils.data.DataLoader(Transitions(), batch_size=32, shuffle=True, num_workers=2))
+        optimisers, rng = {lam: torch.optim.AdamW(lam.parameters(), 1e-3) for lam in (module, plain)}, np.random.default_rng(0)
+
+        def update(lam: torch.nn.Module, loss: torch.Tensor) -> None:
+            optimisers[lam].zero_grad(set_to_none=True)
+            loss.backward()
+            optimisers[lam].step()
+
+        def own() -> None:
+            batch = make(rng)
+            with run.autocast():
+                loss = loss_of(batch)
+            update(module, loss)
+
+        def eager() -> None:
+            now, after, embedded, embedded_after = next(loader)
+            z = lam_vlm.Head.forward(plain.idm, torch.cat([now, (after - now) * 4], 1))
+            target = (embedded_after - embedded - plain.change_mean) / plain.change_std
+            update(plain, ((plain.fdm((embedded - plain.mean) / plain.std, z) - target) ** 2).mean())
+
+        seconds = interleaved({"own": own, "eager": eager}, 6)
+        os.close(run.lock)
+    return {"stage1": seconds["eager"] / seconds["own"], "stage1_seconds": seconds["own"], "stage1_dtype": run.args.dtype}
+
+
+def evaluation() -> dict[str, float]:
+    """A policy of the quick widths that never succeeds, 100 steps an episode, all cores: eval.py's command without its report."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_quick_data(Path(folder, "data"), {"camera": "corner4", "camera_distance": 0.0, "max_steps": 100})
+        flags = "--lam-updates 1 --bc-updates 1 --decoder-updates 1 --labelled-episodes 2 --encoder made_up".split()
+        lam_vlm.main(lam_vlm.parse_args([*flags, "--data", f"{folder}/data", "--out", f"{folder}/run"]))
+        [run] = ev.find_runs([f"{folder}/run"])
+        begun = time.perf_counter()
+        ev.roll_out([run], ev.Args(episodes=100, media=0))
+        own = (time.perf_counter() - begun) / 100
+        policy, env = ev.load_policy(f"{folder}/run"), collect.DistractingMetaWorld(split="test", max_steps=100)
+        begun = time.perf_counter()
+        for episode in range(10):
+            frame, _ = env.reset(options={"episode": episode})
+            truncated = False
+            while not truncated:
+                frame, _, _, truncated, info = env.step(policy(frame))
+        plain = (time.perf_counter() - begun) / 10
+        env.close()
+    return {"evaluation": plain / own, "evaluation_episodes_per_second": 1 / own}
+
+
+def embedding() -> dict[str, float]:
+    """60 frames at one thread. Both give the mean of the prompt's tokens at layer -2; they must agree."""
+    from test_encoders import llava
+
+    texts = [collect.PROMPTS["arm"], collect.PROMPTS["blind"]]
+    frames = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        llava(Path(folder))
+        encoder = collect.make_encoder(collect.Args(encoder=folder, encoder_batch=30))
+        processor, model, found = encoder.processor, encoder.model, {}
+
+        def own() -> None:
+            parts = [result for _, result in collect.encode(encoder, frames, frames, np.arange(60), texts, "drawer-open")]
+            found["own"] = {text: np.concatenate([part[text, -2, "text"] for part in parts]) for text in texts}
+
+        @torch.no_grad()
+        def single() -> None:
+            found["single"] = {text: [] for text in texts}
+            for frame in frames:
+                for text in texts:
+                    content = [{"type": "image", "image": collect.Image.fromarray(frame)}, {"type": "text", "text": text}]
+                    message = [{"role": "user", "content": content}]
+                    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+                    inputs = processor.apply_chat_template(message, **how)
+                    states = model(**inputs, output_hidden_states=True).hidden_states[-2][0]
+                    found["single"][text].append(states[inputs["input_ids"][0] != encoder.image_id].mean(0).numpy())
+
+        seconds = interleaved({"own": own, "single": single}, 4)
+    for text in texts:
+        assert np.allclose(found["own"][text], np.stack(found["single"][text]), atol=1e-4)
+    return {"embedding": seconds["single"] / seconds["own"], "embedding_images_per_second": 60 / seconds["own"]}
+
+
+def make_quick_data(root: Path, env: dict | None = None) -> None:
     """6000 frames of noise in collect.py's layout: 60 episodes of 100."""
     folder, rng = root / "drawer-open/shard_00000", np.random.default_rng(0)
     (folder / "embeddings").mkdir(parents=True)
@@ -128,7 +240,7 @@ def make_quick_data(root: Path) -> None:
     np.save(folder / "embeddings/made_up.npy", rng.normal(size=(6000, 256)).astype(np.float16))
     (folder / "embeddings/made_up.json").write_text(json.dumps({"frames_sha256": "", "sha256": ""}))
     shard = {"shard": "drawer-open/shard_00000", "frames": 6000, "sha256": {"frames": ""}}
-    meta = {"env": {"videos": "generated", "size": 64}, "tasks": ["drawer-open"], "episodes_per_task": 60, "shards": [shard]}
+    meta = {"env": {"videos": "generated", "size": 64} | (env or {}), "tasks": ["drawer-open"], "episodes_per_task": 60, "shards": [shard]}
     (root / "meta.json").write_text(json.dumps(meta))
 
 
@@ -148,12 +260,126 @@ def bootstrap() -> dict[str, float]:
     return {"bootstrap": 100 * seconds["loop"] / seconds["own"], "bootstrap_seconds": seconds["own"]}
 
 
+def measured(*command: str, cwd: str, **environ: str) -> tuple[float, float]:
+    """(seconds, peak GiB) of one of the scripts; the peak is that of its largest process."""
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / command[0], *command[1:]], cwd=cwd, env=os.environ | environ, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"benchmark.py: {' '.join(map(str, command))} failed")
+    return time.perf_counter() - begun, usage.ru_maxrss / 2**20
+
+
+def rate(run: Path) -> float:
+    """Updates a second of stage 1 without the first fifth."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[len(rows) // 5], rows[-1]
+    return (last["update"] - first["update"]) / (
+        last["update"] / last["updates_per_second"] - first["update"] / first["updates_per_second"]
+    )
+
+
+def big(gib: float) -> dict[str, float]:
+    """Stage 1 with default arguments: mapped data of `gib` GiB (frames, segments and embeddings as sparse files) against resident noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, root = Path(folder, "data/small"), Path(folder, "data/big")
+        make_quick_data(small)
+        shard, meta = small / "drawer-open/shard_00000", json.loads((small / "meta.json").read_text())
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in [*shard.glob("*.npy"), *shard.glob("embeddings/*.npy")]}
+        copies = round(gib * 2**30 / sum(array.nbytes for array in arrays.values()))
+        for k in range(copies):
+            to = root / f"drawer-open/shard_{k:05d}"
+            (to / "embeddings").mkdir(parents=True)
+            for name, array in arrays.items():
+                path = to / ("embeddings" if name == "made_up" else ".") / f"{name}.npy"
+                if name == "episode":
+                    np.save(path, array + 60 * k)
+                else:  # a header and a hole
+                    np.lib.format.open_memmap(path, "w+", array.dtype, array.shape)
+            (to / "embeddings/made_up.json").write_bytes((shard / "embeddings/made_up.json").read_bytes())
+        facts = [meta["shards"][0] | {"shard": f"drawer-open/shard_{k:05d}"} for k in range(copies)]
+        (root / "meta.json").write_text(json.dumps(meta | {"shards": facts, "episodes_per_task": 60 * copies}))
+        flags = "lam_vlm.py --encoder made_up --stages lam --lam-updates 300 --log-every 10 --device cpu".split()
+        result = {}
+        for name, resident in (("small", "yes"), ("big", "no")):
+            _, peak = measured(*flags, "--data", f"data/{name}", "--resident", resident, "--out", f"runs/{name}", cwd=folder)
+            result |= {f"{name}_peak_gib": peak, f"{name}_updates_per_second": rate(Path(folder, "runs", name))}
+        size = sum(path.stat().st_size for path in root.rglob("*.npy")) / 2**30
+    return {"big_gib": size, "big_rate": result["big_updates_per_second"] / result["small_updates_per_second"]} | result
+
+
+def cost() -> None:
+    """Time and peak memory of collecting, embedding, stage 1 to 3 and evaluation over 1x, 4x and 16x the episodes; quick's flags."""
+    import matplotlib.pyplot as plt
+
+    rows, out = [], ROOT / "results/cost"
+    with tempfile.TemporaryDirectory() as folder:
+        for episodes in (20, 80, 320):
+            data, run = f"data/{episodes}", f"runs/{episodes}"
+            stages = {"collect": ["collect.py", "--episodes-per-task", str(episodes), "--encoder", "none", "--out", data]}
+            stages["embed"] = ["collect.py", "--episodes-per-task", str(episodes), "--out", data]
+            for stage in (
+                "lam",
+                "bc",
+                "decoder",
+            ):  # one epoch is 7462 / 128 updates at 80 episodes: as many passes over the data at each size
+                updates = {"lam": episodes * 5, "bc": episodes * 5, "decoder": 2500}
+                updates = [word for name, count in updates.items() for word in (f"--{name}-updates", str(count))]
+                stages[stage] = [
+                    "lam_vlm.py",
+                    "--data",
+                    data,
+                    "--out",
+                    run,
+                    *updates,
+                    "--stages",
+                    *["lam", "bc", "decoder"][: len(stages) - 1],
+                ]
+            stages["evaluate"] = [
+                "eval.py",
+                "--runs",
+                run,
+                "--episodes",
+                str(episodes // 2),
+                "--media",
+                "0",
+                "--out",
+                f"results/{episodes}",
+            ]
+            for stage, command in stages.items():
+                seconds, peak = measured(*command, cwd=folder)
+                rows.append({"episodes": episodes, "stage": stage, "seconds": round(seconds, 1), "peak_gib": round(peak, 3)})
+                print(rows[-1], file=sys.stderr)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "cost.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, key, label in zip(axes, ("seconds", "peak_gib"), ("seconds", "peak memory, GiB")):
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            points = [(row["episodes"], row[key]) for row in rows if row["stage"] == stage]
+            axis.loglog(*zip(*points), "o-", label=stage, base=2)
+        first = min(row[key] for row in rows)
+        axis.loglog([20, 320], [first, 16 * first], "k:", label="linear", base=2)
+        axis.set(xlabel="episodes collected", ylabel=label)
+    axes[1].legend(fontsize=8)
+    figure.savefig(out / "cost.png", dpi=150)
+
+
 if __name__ == "__main__":
     stdout, sys.stdout = sys.stdout, sys.stderr  # the scripts' own lines
-    ratios = env_step() | data_loading() | bootstrap()
+    if "--cost" in sys.argv[1:]:
+        raise SystemExit(cost())
+    if "--big" in sys.argv[1:]:
+        ratios = big(float(sys.argv[-1]) if sys.argv[-1] != "--big" else 20)
+    else:
+        ratios = env_step() | stage1() | evaluation() | embedding() | bootstrap() | data_loading()
     sys.stdout = stdout
     if "--json" in sys.argv[1:]:
-        print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
+        print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in ratios.items()}))
     else:
         for name, value in ratios.items():
-            print(f"{name:20} {value:10.3f}")
+            print(f"{name:32} {value:10.3f}" if isinstance(value, float) else f"{name:32} {value:>10}")
