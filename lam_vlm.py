@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import io
 import json
-import mmap
 import os
 import resource
 import sys
@@ -108,7 +107,7 @@ class Args:
     log_every: int = 50
     """updates between two rows of metrics.jsonl; checkpoints are written at every fourth"""
     resident: Literal["auto", "yes", "no"] = "auto"
-    """data on the device as a whole, or memory-mapped and prefetched; auto: by size"""
+    """data on the device as a whole, or read from its files and prefetched; auto: by size"""
     device: str = "auto"
     """cuda, mps, cpu, or auto"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -154,7 +153,8 @@ def read_json(path: Path) -> dict:
 class Column:
     """One array of the data set, over all shards: `column[rows]` is a tensor on the device, whatever holds the rows.
 
-    rows: int64 (B,). Resident columns live on the device, the others are memory-mapped files.
+    rows: int64 (B,). Resident columns live on the device. The rows of others are read from their files, which the system caches: a mapping
+    would count as this process's memory, page by page.
     """
 
     def __init__(self, files: list[Path], device: torch.device):
@@ -165,6 +165,7 @@ class Column:
             except (OSError, ValueError) as error:
                 fail(f"{file} does not read ({error}); delete its shard folder and run collect.py again")
         self.ends = np.cumsum([len(part) for part in self.parts])
+        self.files = [open(part.filename, "rb", buffering=0) for part in self.parts]
         self.nbytes = sum(part.nbytes for part in self.parts)
         self.whole: Tensor | None = None
 
@@ -176,11 +177,11 @@ class Column:
             return self.whole[torch.from_numpy(rows).to(self.device)]
         shard = np.searchsorted(self.ends, rows, side="right")
         out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
-        for s in np.unique(shard):
-            here, part = shard == s, self.parts[s]
-            out[here] = part[rows[here] - (self.ends[s] - len(part))]
-            if isinstance(part.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                part.base.madvise(mmap.MADV_DONTNEED)  # the system caches the pages anyway; they need not count as this process's memory
+        buffer = out.reshape(len(rows), -1).view(np.uint8)
+        for k, (s, row) in enumerate(zip(shard.tolist(), rows.tolist())):
+            offset = self.parts[s].offset + (row - int(self.ends[s]) + len(self.parts[s])) * buffer.shape[1]
+            if os.preadv(self.files[s].fileno(), [buffer[k]], offset) != buffer.shape[1]:
+                fail(f"{self.parts[s].filename} ends early; delete its shard folder and run collect.py again")
         return torch.from_numpy(out).to(self.device, non_blocking=True)
 
 
@@ -211,7 +212,7 @@ class Dataset:
         folders = [root / fact["shard"] for fact in shards]
         self.columns = {}
         soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        need = 8 * len(folders) + 100  # a mapped array keeps its file open
+        need = 16 * len(folders) + 100  # columns keep their files open
         if soft < need <= most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (need, most))
         names = ["frames", "segments", "actions", "states", "episode"]
@@ -255,7 +256,7 @@ class Dataset:
         if self.resident:
             for column in self.columns.values():
                 column.make_resident()
-        where = f"resident on {device}" if self.resident else "memory-mapped, prefetched"
+        where = f"resident on {device}" if self.resident else "read from files, prefetched"
         print(f"data {root}: {', '.join(tasks)}; {self.n_train} episodes a task to train on, {per_task - self.n_train} held out; "
               f"{size / 2**20:.0f} MiB {where}")  # fmt: skip
 

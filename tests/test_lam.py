@@ -229,7 +229,7 @@ def test_statistics_are_those_of_the_training_split(new_run, monkeypatch):
     assert torch.allclose(lam.change_std, (after - now).std(0), atol=1e-5)
 
 
-def test_resident_and_memory_mapped_data_give_the_same_weights(new_run):
+def test_resident_data_and_data_read_from_files_give_the_same_weights(new_run):
     modules = [train_all(new_run(resident=resident)) for resident in ("yes", "no")]
     for stage in modules[0]:
         assert same(weights(modules[0][stage]), weights(modules[1][stage])), stage
