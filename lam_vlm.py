@@ -107,7 +107,7 @@ class Args:
     log_every: int = 50
     """updates between two rows of metrics.jsonl; checkpoints are written at every fourth"""
     resident: Literal["auto", "yes", "no"] = "auto"
-    """data on the device as a whole, or read from its files and prefetched; auto: by size"""
+    """data on the device as a whole, or read from its files batch by batch; auto: by size"""
     device: str = "auto"
     """cuda, mps, cpu, or auto"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -256,7 +256,8 @@ class Dataset:
         if self.resident:
             for column in self.columns.values():
                 column.make_resident()
-        where = f"resident on {device}" if self.resident else "read from files, prefetched"
+        self.prefetch = not self.resident and device.type != "cpu"  # on a CPU the reader would only take a core from the arithmetic
+        where = f"resident on {device}" if self.resident else "read from files" + ", prefetched" * self.prefetch
         print(f"data {root}: {', '.join(tasks)}; {self.n_train} episodes a task to train on, {per_task - self.n_train} held out; "
               f"{size / 2**20:.0f} MiB {where}")  # fmt: skip
 
@@ -692,7 +693,7 @@ def train(
     draw = lambda update: make(np.random.default_rng([args.seed, number, update]))  # noqa: E731
     module.train()
     with tqdm(total=updates, initial=start, desc=stage, unit="update", smoothing=0.05, mininterval=1, disable=RANK > 0) as bar:
-        for update, batch in batches(draw, start, updates, prefetch=not run.data.resident):
+        for update, batch in batches(draw, start, updates, run.data.prefetch):
             torch.manual_seed(1_000_003 * args.seed + 10**7 * number + update + 10**12 * RANK)
             with run.autocast() if number < 3 else nullcontext():  # the decoder is too small to gain from it
                 loss = objective(batch)
