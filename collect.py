@@ -1083,6 +1083,40 @@ class Pretrained:
                 fail(f"--encoder {self.id}: layer {layer}, pool {pool}, prompt {text!r} has numbers that are not finite")
         return result
 
+    def caught(self, forward: Callable) -> tuple[dict, object]:
+        """Runs forward(); {layer: (B, T, D)} of the layers asked for, caught on their way into and out of self.blocks, and its result."""
+        states, handles = {}, []
+        for layer in self.layers:
+            index = layer % (self.depth + 1)
+            if index < self.depth:  # hidden_states[i] is what goes into block i
+                catch = self.blocks[index].register_forward_pre_hook
+                handles.append(
+                    catch(lambda _, given, named, key=layer: states.update({key: (*given, *named.values())[0]}), with_kwargs=True)
+                )
+            else:
+                catch = self.blocks[-1].register_forward_hook
+                handles.append(
+                    catch(lambda _, __, out, key=layer: states.update({key: self.norm(out[0] if isinstance(out, tuple) else out)}))
+                )
+        try:
+            result = forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return states, result
+
+    def differ(self, full: Iterator[dict], quick: Iterator[dict]) -> str:
+        """Why the hidden states of a quicker way are not those of full passes; empty if they are."""
+        bound, error = 2e-2 if self.dtype == self.torch.bfloat16 else 1e-4, 0.0
+        try:
+            for one, other in zip(full, quick, strict=True):
+                for layer in one:
+                    far = (one[layer].float() - other[layer].float()).norm(dim=-1) / one[layer].float().norm(dim=-1)
+                    error = max(error, float(far.max()))  # of the worst token: some are a thousand times larger than others
+        except Exception as problem:  # each architecture has its own way of not taking a cache; full passes are always right
+            return type(problem).__name__
+        return "" if error < bound else f"relative difference {error:.1e}"
+
     def token_pools(self, text: str, states: dict, image: object, words: object, real: object) -> Iterator:
         """states {layer: (B, T, D)}; masks (B, T) of the image's tokens, the prompt's, and all but padding -> the cells asked for."""
         masks = {"image": image, "text": words, "all": real}
@@ -1114,6 +1148,10 @@ class NativeVLM(Pretrained):
         if self.image_id is None:
             fail(f"--encoder {self.id}: no image token in its config, so its pools are not defined")
         self.depth = self.model.config.get_text_config().num_hidden_layers
+        text = self.model.get_decoder()
+        self.blocks, self.norm = getattr(text, "layers", None), getattr(text, "norm", None)
+        if self.norm is None or self.blocks is None or len(self.blocks) != self.depth:
+            self.blocks = None
 
     def inputs(self, images: np.ndarray, text: str) -> dict:
         pictures = [Image.fromarray(image) for image in images]
@@ -1130,8 +1168,13 @@ class NativeVLM(Pretrained):
 
     def run(self, inputs: dict, **cache: object) -> tuple[dict, object]:
         """{layer: (B, T, D)} of the layers asked for, and the key/value cache."""
-        out = self.model(**inputs, output_hidden_states=True, logits_to_keep=1, **({"use_cache": False} | cache))
-        return {layer: out.hidden_states[layer] for layer in self.layers}, out.past_key_values
+        arguments = inputs | {"logits_to_keep": 1, "use_cache": False} | cache
+        if self.blocks is not None:
+            states, out = self.caught(lambda: self.model(**arguments))
+        else:  # keeps every layer
+            out = self.model(**arguments, output_hidden_states=True)
+            states = {layer: out.hidden_states[layer] for layer in self.layers}
+        return states, out.past_key_values
 
     def shared_tokens(self, inputs: list[dict]) -> int:
         """Length of the beginning that all prompts share, if all image tokens are in it and each prompt has more; else 0."""
@@ -1151,23 +1194,13 @@ class NativeVLM(Pretrained):
             yield {layer: self.torch.cat([prefix[layer], rest[layer]], 1) for layer in self.layers}
 
     def check_reuse(self) -> bool:
-        texts = [PROMPTS["best"], PROMPTS["blind"]]
-        inputs = [self.inputs(GUARD_PICTURE[None], text) for text in texts]
-        bound, why = (2e-2 if self.dtype == self.torch.bfloat16 else 1e-4), "the image does not come first"
-        try:
-            if shared := self.shared_tokens(inputs):
-                error = 0.0
-                for one, quick in zip(inputs, self.reused(inputs, shared)):
-                    for layer, full in self.run(one)[0].items():
-                        far = (full.float() - quick[layer].float()).norm(dim=-1) / full.float().norm(dim=-1)
-                        error = max(error, float(far.max()))  # of the worst token: some are a thousand times larger than others
-                if error < bound:
-                    return True
-                why = f"relative difference {error:.1e}"
-        except Exception as error:  # each architecture has its own way of not taking a cache; full passes are always right
-            why = f"{type(error).__name__}"
-        print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
-        return False
+        inputs = [self.inputs(GUARD_PICTURE[None], text) for text in (PROMPTS["best"], PROMPTS["blind"])]
+        why, shared = "the image does not come first", self.shared_tokens(inputs)
+        if shared:
+            why = self.differ((self.run(one)[0] for one in inputs), self.reused(inputs, shared))
+        if why:
+            print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
+        return not why
 
     def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
         if len(texts) > 1 and self.reuse is None:
@@ -1188,7 +1221,10 @@ class Molmo(Pretrained):
 
     Its processor needs torchvision and tensorflow; the inputs below equal its own, bit for bit, for square frames of 64 to 336 px.
     Token ids and the set of tensors are checked at load. `text` is the mean from the end of the image on (" User: ... Assistant:").
+    Several prompts share one pass over the image, as in NativeVLM, after the same check.
     """
+
+    reuse: bool | None = None
 
     def load(self, config: dict) -> None:
         from transformers import AutoTokenizer
@@ -1202,7 +1238,8 @@ class Molmo(Pretrained):
         self.read(model_class, strict=True)
         torch.backends.cuda.enable_mem_efficient_sdp(True)  # its constructor switches it off for the whole process
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
-        self.blocks, self.depth = self.model.model.transformer["blocks"], self.model.config.num_hidden_layers
+        parts, self.depth = self.model.model.transformer, self.model.config.num_hidden_layers
+        self.blocks, self.norm = parts["blocks"], parts["ln_f"]
         first = self.model.config.vocab_size
         ids = self.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>", "<im_patch>", "<im_col>"])
         if ids != list(range(first, first + 4)):
@@ -1229,34 +1266,45 @@ class Molmo(Pretrained):
         x = x.view(-1, 3, 24, 14, 24, 14).permute(0, 2, 4, 3, 5, 1).reshape(-1, 1, 576, 588)
         return x.expand(-1, 2, -1, -1).to(self.dtype)
 
-    def states(self, inputs: dict) -> dict:
-        """{layer: (B, T, D)} of the layers asked for, caught on their way into and out of the blocks: nothing else is kept."""
-        states, handles, norm = {}, [], self.model.model.transformer["ln_f"]
-        for layer in self.layers:
-            index = layer % (self.depth + 1)
-            if index < self.depth:  # hidden_states[i] is what goes into block i
-                catch = self.blocks[index].register_forward_pre_hook
-                handles.append(catch(lambda _, given, key=layer: states.update({key: given[0]})))
-            else:  # normalised here, for the model goes on with the last token alone
-                catch = self.blocks[-1].register_forward_hook
-                handles.append(catch(lambda _, __, out, key=layer: states.update({key: norm(out[0] if isinstance(out, tuple) else out)})))
-        try:
-            self.model.model(**inputs, last_logits_only=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return states
+    def run(self, inputs: dict, **cache: object) -> tuple[dict, object]:
+        """{layer: (B, T, D)} of the layers asked for, and the keys and values of every block."""
+        states, out = self.caught(lambda: self.model.model(**inputs, **cache, last_logits_only=True))
+        return states, out.attn_key_values
 
-    def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
+    def reused(self, picture: dict, tails: list) -> Iterator[dict]:
+        """Hidden states of each prompt (B, T) of `tails`, the image, which comes first, run once."""
+        torch, (batch, length) = self.torch, picture["input_ids"].shape
+        prefix, past = self.run(picture, use_cache=True)
+        for tail in tails:
+            whole = torch.arange(length + tail.shape[1], device=self.device).expand(batch, -1)
+            one = {"input_ids": tail, "attention_mask": torch.ones_like(whole), "position_ids": whole[:, length:]}
+            rest, _ = self.run(one, past_key_values=past)
+            yield {layer: torch.cat([prefix[layer], rest[layer]], 1) for layer in self.layers}
+
+    def full(self, picture: dict, tails: list) -> Iterator[dict]:
+        for tail in tails:
+            yield self.run(picture | {"input_ids": self.torch.cat([picture["input_ids"], tail], 1)})[0]
+
+    def inputs(self, images: np.ndarray, texts: list[str]) -> tuple[dict, list]:
         torch, batch = self.torch, len(images)
         masks = torch.ones(batch, 2, 576, device=self.device, dtype=self.dtype)
         masks[:, 1] = -1  # as the processor has it for the second crop
-        fixed = {"images": self.pictures(images), "image_masks": masks}
-        fixed["image_input_idx"] = self.patches.expand(batch, -1, -1).to(self.device)
-        for text in texts:
-            ids = torch.cat([self.prefix, torch.tensor(self.encode(f" User: {text} Assistant:"))]).to(self.device).expand(batch, -1)
-            words = (torch.arange(ids.shape[1], device=self.device) >= len(self.prefix)).expand(batch, -1)
-            yield from self.token_pools(text, self.states({"input_ids": ids, **fixed}), ids == self.patch, words, torch.ones_like(words))
+        picture = {"input_ids": self.prefix.to(self.device).expand(batch, -1), "images": self.pictures(images), "image_masks": masks}
+        picture["image_input_idx"] = self.patches.expand(batch, -1, -1).to(self.device)
+        tails = [torch.tensor(self.encode(f" User: {text} Assistant:"), device=self.device).expand(batch, -1) for text in texts]
+        return picture, tails
+
+    def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
+        if len(texts) > 1 and self.reuse is None:
+            example = self.inputs(GUARD_PICTURE[None], [PROMPTS["best"], PROMPTS["blind"]])
+            if why := self.differ(self.full(*example), self.reused(*example)):
+                print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
+            self.reuse = not why
+        picture, tails = self.inputs(images, texts)
+        for text, tail, states in zip(texts, tails, (self.reused if self.reuse and len(texts) > 1 else self.full)(picture, tails)):
+            ids = self.torch.cat([picture["input_ids"], tail], 1)
+            words = (self.torch.arange(ids.shape[1], device=self.device) >= len(self.prefix)).expand(len(ids), -1)
+            yield from self.token_pools(text, states, ids == self.patch, words, self.torch.ones_like(words))
 
 
 class VisionModel(Pretrained):
@@ -1446,8 +1494,19 @@ def encode(
         start += len(chosen)
 
 
+HALF_DONE_SECONDS = 60  # between two savings of a shard that is being embedded
+
+
+def half_done(shard: Path, about: list[dict]) -> Path:
+    """Where the embeddings of a part of a shard's frames are kept, named by all that they depend on."""
+    return shard / "embeddings" / f".half_{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.npz"
+
+
 def embed(args: Args, out: Path, meta: dict) -> None:
-    """Caches the embeddings of every frame, a file a shard and key; finished files are kept, files of other frames or models refused."""
+    """Caches the embeddings of every frame, a file a shard and key; finished files are kept, files of other frames or models refused.
+
+    A shard that was cut off goes on at most HALF_DONE_SECONDS back.
+    """
     encoder = make_encoder(args)
     prompts = tuple(dict.fromkeys(args.prompt)) if encoder.promptable else ("noprompt",)
     cells = [(prompt, layer, pool) for prompt in prompts for layer in encoder.layers for pool in encoder.pools]
@@ -1487,15 +1546,24 @@ def embed(args: Args, out: Path, meta: dict) -> None:
             which = np.array([seen.setdefault(name, len(seen)) for name in names])
             rows, count = np.unique(which, return_index=True, return_counts=True)[1:]
             texts = list(dict.fromkeys(about["text"] for _, about, _ in missing))
-            parts: dict[tuple[str, int, str], list] = {}
-            done = 0
-            for number, result in encode(encoder, frames, segments, rows, texts, task):
+            parts: dict[tuple[str, int, str], list] = {(text, layer, pool): [] for text in texts for _, layer, pool in cells}
+            done, half, saved = 0, half_done(shard, [made_with, *(about for _, about, _ in missing)]), time.time()
+            if half.exists():  # of a command that was cut off
+                with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+                    with np.load(half, allow_pickle=False) as arrays:
+                        parts, done = {cell: [arrays[str(k)]] for k, cell in enumerate(parts)}, int(arrays["done"])
+            bar.update(int(count[:done].sum()))
+            for number, result in encode(encoder, frames, segments, rows[done:], texts, task):
                 for cell, value in result.items():
                     if args.embedding_dtype == "float16" and np.abs(value).max() > np.finfo(np.float16).max:
                         fail(f"encoder {encoder.name}, layer {cell[1]}: too large for float16; add --embedding-dtype float32")
-                    parts.setdefault(cell, []).append(value.astype(args.embedding_dtype))
+                    parts[cell].append(value.astype(args.embedding_dtype))
                 bar.update(int(count[done : done + number].sum()))
                 done += number
+                if time.time() - saved > HALF_DONE_SECONDS:
+                    buffer, saved = io.BytesIO(), time.time()
+                    np.savez(buffer, done=done, **{str(k): np.concatenate(part) for k, part in enumerate(parts.values())})
+                    atomic_write(half, buffer.getvalue())
             for path, about, guard in missing:
                 array = np.concatenate(parts[about["text"], about["layer"], about["pool"]])[which]
                 buffer = io.BytesIO()
@@ -1503,6 +1571,8 @@ def embed(args: Args, out: Path, meta: dict) -> None:
                 atomic_write(path.with_suffix(".npy"), buffer.getvalue())
                 facts = {"dim": array.shape[1], "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
                 write_json(path, about | made_with | ({"guard": guard} if guard else {}) | facts)
+            for leftover in half.parent.glob(".half_*"):
+                leftover.unlink()
     wait_for_all_ranks()
     if RANK == 0:
         print(f"{out}: embeddings {', '.join(embedding_key(encoder, *cell) for cell in cells)}")

@@ -153,36 +153,50 @@ class MolmoConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=False, **rest)
 """
 MOLMO_MODEL = """
+from typing import NamedTuple
 import einops, torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 from .config_molmo import MolmoConfig
+class MolmoOutput(NamedTuple):
+    logits: torch.Tensor
+    attn_key_values: list | None
+    hidden_states: tuple | None
 class Block(nn.Module):
     def __init__(self, d):
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
-    def forward(self, x, mask):
+    def forward(self, x, mask, layer_past=None):
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)), None
+        if layer_past is not None:
+            k, v = torch.cat([layer_past[0], k], 1), torch.cat([layer_past[1], v], 1)
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)), (k, v)
 class Core(nn.Module):
     def __init__(self, c):
         super().__init__()
         d, blocks = c.hidden_size, [Block(c.hidden_size) for _ in range(c.num_hidden_layers)]
         parts = {"wte": nn.Embedding(c.vocab_size + 128, d), "blocks": nn.ModuleList(blocks), "ln_f": nn.LayerNorm(d)}
         self.transformer, self.vision = nn.ModuleDict(parts), nn.Linear(588, d)
-    def forward(self, input_ids, images, image_masks, image_input_idx, last_logits_only=False, output_hidden_states=False):
+    def forward(self, input_ids, attention_mask=None, images=None, image_masks=None, image_input_idx=None, position_ids=None,
+                past_key_values=None, use_cache=False, last_logits_only=False, output_hidden_states=False):
+        assert images is None or past_key_values is None, "Cached key and values should not be used with images."
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[1]
         x = self.transformer["wte"](input_ids)
-        patches = self.vision(images) + image_masks[..., None]
-        patches = einops.reduce(patches, "b n (h p w q) d -> b (n h w) d", "mean", h=12, p=2, w=12, q=2)
-        rows = torch.arange(len(x))[:, None].expand(-1, 288)
-        x = x.index_put((rows, image_input_idx.flatten(1)), patches, accumulate=True)
-        mask, states = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(), []
-        for block in self.transformer["blocks"]:
+        place = torch.arange(x.shape[1])[None] if position_ids is None else position_ids
+        x = x + 0.1 * torch.sin(place[..., None] * torch.arange(1, x.shape[2] + 1) / 50)
+        if images is not None:
+            patches = self.vision(images) + image_masks[..., None]
+            patches = einops.reduce(patches, "b n (h p w q) d -> b (n h w) d", "mean", h=12, p=2, w=12, q=2)
+            rows = torch.arange(len(x))[:, None].expand(-1, 288)
+            x = x.index_put((rows, image_input_idx.flatten(1)), patches, accumulate=True)
+        length = past + x.shape[1]
+        mask, states, kept = torch.ones(length, length, dtype=torch.bool).tril()[past:], [], []
+        for k, block in enumerate(self.transformer["blocks"]):
             states.append(x)
-            x = block(x, mask)[0]
+            x, cache = block(x, mask, layer_past=past_key_values[k] if past else None)
+            kept.append(cache)
         x = self.transformer["ln_f"](x[:, -1:] if last_logits_only else x)
-        return ModelOutput(logits=x, hidden_states=(*states, x) if output_hidden_states else None)
+        return MolmoOutput(x, kept if use_cache else None, (*states, x) if output_hidden_states else None)
 class MolmoForCausalLM(PreTrainedModel):
     config_class, base_model_prefix = MolmoConfig, "model"
     def __init__(self, config):  # as in Molmo: no post_init, and memory-efficient attention off
@@ -282,8 +296,9 @@ def test_layers_and_pools_are_those_of_hidden_states(name, tiny_model):
     hook.remove()
     with torch.inference_mode():
         states = core(
-            **(caught[0] | {"output_hidden_states": True, "last_logits_only": False} if name == "molmo" else caught[0])
+            **(caught[0] | {"output_hidden_states": True} | ({"last_logits_only": False} if name == "molmo" else {}))
         ).hidden_states
+    assert encoder.blocks is not None, "the model has to keep the states of every layer"
     assert len(states) == 4 and len(result) == len(layers) * len(POOLS)
     ids = caught[0]["input_ids"][0]
     image = (ids == (514 if name == "molmo" else encoder.image_id)).numpy()
@@ -311,18 +326,20 @@ def test_molmo_gets_the_inputs_of_its_own_processor(tiny_model):
     assert torch.backends.cuda.mem_efficient_sdp_enabled()
     caught = []
     encoder.model.model.register_forward_pre_hook(lambda _, args, kwargs: caught.append(kwargs), with_kwargs=True)
-    run(encoder, grey, PROMPTS)
+    for text in PROMPTS:
+        run(encoder, grey, [text])
     for text, given in zip(PROMPTS, caught, strict=True):
         assert encoder.tokenizer.decode(given["input_ids"][0, 317:]) == f" User: {text} Assistant:"
         assert (given["image_masks"][:, 0] == 1).all() and (given["image_masks"][:, 1] == -1).all()
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "molmo"])
 def test_a_shared_image_pass_equals_full_passes(name, tiny_model, capsys):
     encoder, images = encoder_of(tiny_model(name), layers=(-2, -1), pools=POOLS), pictures(3)
     full = {cell: value for text in PROMPTS for cell, value in run(encoder, images, [text]).items()}
     lengths = []
-    hook = encoder.model.register_forward_pre_hook(lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    core = encoder.model.model if name == "molmo" else encoder.model
+    hook = core.register_forward_pre_hook(lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     shared = run(encoder, images)
     lengths.clear()
     shared = run(encoder, images)
@@ -337,7 +354,7 @@ def test_where_sharing_fails_full_passes_are_made(fault, tiny_model, capsys, mon
     encoder, images = encoder_of(tiny_model("paligemma" if fault != "no cache" else "llava"), pools=POOLS), pictures(2)
     full = {cell: value for text in PROMPTS for cell, value in run(encoder, images, [text]).items()}
     if fault == "no cache":
-        monkeypatch.setattr(encoder, "reused", lambda *_: (_ for _ in ()).throw(TypeError("no cache")))
+        monkeypatch.setattr(encoder, "reused", lambda *_: (1 / 0 for _ in "x"))
     both = run(encoder, images)
     lines = [line for line in capsys.readouterr().out.splitlines() if "cannot share" in line]
     assert encoder.reuse is False and len(lines) == 1
@@ -567,6 +584,33 @@ def test_repeated_frames_are_computed_once(data, tiny_model, monkeypatch):
     assert array.dtype == np.float32 and (array[9:20] == array[9]).all() and (array[30] == array[3]).all() and (array[8] != array[9]).any()
     expected = run(encoder_of(tiny_model("dinov2")), frames[[3, 25, -1]], [""])["", -1, "mean"]
     assert np.allclose(array[[3, 25, -1]], expected, atol=1e-5)
+
+
+def test_embedding_goes_on_within_a_shard(data, tiny_model, monkeypatch):
+    """Cut off after two batches: the same command computes the others alone, and the files are those of an uninterrupted one."""
+    monkeypatch.setattr(collect, "HALF_DONE_SECONDS", 0)
+    flags = {"prompt": ("best", "blind"), "encoder_batch": 16}
+    paths = embed(data, tiny_model("llava"), **flags)
+    whole, calls, pooled = [path.with_suffix(".npy").read_bytes() for path in paths], [], collect.NativeVLM.pooled
+    for path in data.rglob("embeddings/*"):
+        path.unlink()
+
+    def cut_off(encoder, images, texts):
+        calls.append(len(images))
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return pooled(encoder, images, texts)
+
+    monkeypatch.setattr(collect.NativeVLM, "pooled", cut_off)
+    limit = 4  # the guard picture, two batches, and no third
+    with pytest.raises(KeyboardInterrupt):
+        embed(data, tiny_model("llava"), **flags)
+    assert [path.name[:6] for path in data.rglob("embeddings/*")] == [".half_"]
+    calls, limit = [], 0
+    assert embed(data, tiny_model("llava"), **flags) == paths
+    assert [path.with_suffix(".npy").read_bytes() for path in paths] == whole and not list(data.rglob(".half_*"))
+    distinct = [len(np.unique(np.load(f).reshape(-1, 32 * 32 * 3), axis=0)) for f in sorted(data.rglob("frames.npy"))]
+    assert sum(calls) == 1 + sum(distinct) - 32
 
 
 def test_out_of_memory_halves_the_batch(data, tiny_model, monkeypatch, capsys):
