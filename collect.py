@@ -114,7 +114,8 @@ class Args:
     out: str = "data/quick"
     """folder of the data set"""
     encoder: str = "oracle"
-    """encoder whose embeddings are cached: oracle, none, otter:<CLIP>, or a hub id or local folder of a VLM, DINOv2, CLIP or SigLIP"""
+    """encoder whose embeddings are cached: oracle, none, a hub id or local folder of a VLM, DINOv2, CLIP or SigLIP, otter:<CLIP>, or random
+    (a ViT that was never trained: a floor)"""
     prompt: tuple[str, ...] = ("best",)
     """prompts, each a preset (best, positive, arm, object, blind) or a text of your own; {object} is filled per task"""
     layers: tuple[int, ...] = ()
@@ -1337,6 +1338,24 @@ class VisionModel(Pretrained):
                 yield (text, layer, pool), state[:, 0] if pool == "cls" else state[:, self.extra :].mean(1)
 
 
+class RandomViT(VisionModel):
+    """A floor: DINOv2's architecture at the size of ViT-Ti (12 layers, 5 million weights) that was never trained. 8 px patches of 64 px."""
+
+    def load(self, config: dict) -> None:
+        from transformers import Dinov2Config, Dinov2Model
+
+        with self.torch.random.fork_rng():
+            self.torch.manual_seed(0)
+            sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 12, "image_size": 64, "patch_size": 8}
+            self.model = Dinov2Model(Dinov2Config(**sizes)).to(self.dtype)
+        self.known_pools, self.extra, self.depth = ("cls", "mean"), 1, 12
+
+    def pixels(self, images: np.ndarray) -> object:
+        x = self.torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+        x = self.torch.nn.functional.interpolate(x, size=(64, 64), mode="bilinear", antialias=True)
+        return ((x - 0.5) / 0.25).to(self.dtype)
+
+
 class Otter(VisionModel):
     """CLIP's patches, read out by the prompt's words (OTTER, arXiv 2503.03734): the mean over words of what each word attends to.
 
@@ -1397,6 +1416,8 @@ def one_line(what: str) -> Iterator[None]:
 
 def encoder_config(args: Args) -> dict:
     """config.json of --encoder with its `revision` (hub: commit; folder: hash of its files). Runs none of the model's code."""
+    if args.encoder == "random":
+        return {"model_type": "random", "revision": "1"}
     with one_line(f"--encoder {args.encoder}"):
         from transformers import logging
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NATIVE
@@ -1433,7 +1454,7 @@ def make_encoder(args: Args) -> Oracle | Pretrained:
         encoder = Oracle(args.background_kept)
     else:
         config = encoder_config(args)
-        classes = {"molmo": Molmo} | dict.fromkeys(VISION_MODELS, VisionModel)
+        classes = {"molmo": Molmo, "random": RandomViT} | dict.fromkeys(VISION_MODELS, VisionModel)
         encoder_class = Otter if args.encoder.startswith("otter:") else classes.get(config["model_type"], NativeVLM)
         with one_line(f"--encoder {args.encoder}"):
             encoder = encoder_class(args, config)
@@ -1605,8 +1626,8 @@ def parse_args(arguments: list[str]) -> Args:
         if task not in TASKS:
             fail(nearest(task, [*TASKS, "mt10"], "task"))
     source = args.encoder.removeprefix("otter:")
-    if args.encoder not in ("oracle", "none") and not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
-        near = nearest(args.encoder, ["oracle", "none"], "encoder")
+    if args.encoder not in ("oracle", "none", "random") and not Path(source).is_dir() and (source.count("/") != 1 or source[0] in "./~"):
+        near = nearest(args.encoder, ["oracle", "none", "random"], "encoder")
         fail(f"{near} (or a hub id like owner/model, a local folder, otter:<CLIP>; there is no folder {source!r})")
     if args.otter_temperature <= 0:
         fail("--otter-temperature must be positive")

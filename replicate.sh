@@ -38,6 +38,7 @@ if [[ $scale == ablations ]]; then
   for area in 25 50; do make_data+=("python collect.py --tasks $on --video-area 0.$area --out $data-${area}area"); done
 fi
 if [[ $scale == encoders ]]; then
+  make_data+=("python collect.py --tasks $tasks --encoder random --layers -1 -7 --pools cls mean --out $data") # a floor: weights never trained
   for id in ${ENCODERS:-}; do
     make_data+=("python collect.py --tasks $tasks --encoder $id --prompt best positive arm object blind ${ENCODER_FLAGS:-} --out $data")
   done
@@ -85,11 +86,13 @@ fi
 
 labelled=$([[ $scale != quick ]] || echo "--labelled $budgets all") # `ablations` adds budgets to some of its runs
 
-probe_cells() { # stage 1 alone for every embedding that the data set has by now
-  local lam="python lam_vlm.py --data $data --stages lam --lam-updates 400 --labelled-episodes 2" file
-  cells=("$lam --target pixels --arm probe-pixels" "$lam --target clean --arm probe-clean" "$lam --target masked --arm probe-masked")
-  for file in "$data/${tasks%% *}"/shard_00000/embeddings/*.json; do
-    if [[ -e $file ]]; then file=$(basename "$file" .json) && cells+=("$lam --encoder $file --arm probe-$file"); fi
+probe_cells() { # stage 1 alone, two seeds, for every embedding that the data set has by now
+  local lam="python lam_vlm.py --data $data --stages lam --lam-updates 400 --labelled-episodes 2" seed target file
+  for seed in 0 1; do
+    for target in pixels clean masked; do cells+=("$lam --seed $seed --target $target --arm probe-$target"); done
+    for file in "$data/${tasks%% *}"/shard_00000/embeddings/*.json; do
+      [[ ! -e $file ]] || cells+=("$lam --seed $seed --encoder $(basename "$file" .json) --arm probe-$(basename "$file" .json)")
+    done
   done
 }
 [[ $scale != encoders ]] || probe_cells
@@ -109,7 +112,7 @@ for command in "${make_data[@]}"; do
   $command
 done
 
-[[ $scale != encoders ]] || probe_cells
+[[ $scale != encoders ]] || { cells=() && probe_cells; }
 
 jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
 [[ $jobs == 1 ]] || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores

@@ -373,6 +373,17 @@ def test_a_model_without_chat_template_gets_image_then_text(tiny_model, tmp_path
     assert not np.allclose(a, b)
 
 
+def test_random_weights_are_the_same_each_time_and_leave_the_generator_alone():
+    before = torch.get_rng_state()
+    one, other = (encoder_of("random", layers=(-1, -7), pools=("cls", "mean")) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before) and one.name == "random" and not one.promptable
+    images = pictures(3)
+    first, second = (run(encoder, images, [""]) for encoder in (one, other))
+    assert set(first) == {("", layer, pool) for layer in (-1, -7) for pool in ("cls", "mean")}
+    assert all(np.array_equal(first[cell], second[cell]) and first[cell].shape == (3, 192) for cell in first)
+    assert first["", -1, "mean"].std(0).mean() > 1e-3, "it tells pictures apart"
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2"])
 def test_vision_models_pool_class_token_and_patches(name, tiny_model):
     pools = ("mean",) if name == "siglip" else ("cls", "mean")
