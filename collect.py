@@ -864,17 +864,16 @@ def collect(args: Args, out: Path) -> dict:
     workers = min(args.workers or max(1, cores), max(1, len(jobs)))
     total, start = sum(len(slots) for _, slots in list(folders.values())[RANK::WORLD]), time.time()
     new_frames = 0
-    with tqdm(
-        total=total, initial=sum(f["episodes"] for f in facts), desc="collect", unit="episode", smoothing=0.1, disable=RANK > 0
-    ) as bar:
+    done = sum(fact["episodes"] for fact in facts)
+    with tqdm(total=total, initial=done, desc="collect", unit="episode", smoothing=0.1, disable=RANK > 0) as bar:
         for fact in parallel(workers, jobs):
             facts.append(fact)
             new_frames += fact["frames"]
             bar.set_postfix_str(f"{new_frames / (time.time() - start):.0f} frames/s")
             bar.update(fact["episodes"])
     wait_for_all_ranks()
-    if WORLD > 1:  # the others' shards
-        facts = [check_shard(folder) for folder in folders]
+    if WORLD > 1:  # each rank has checked its own
+        facts = [json.loads((folder / "shard.json").read_text()) for folder in folders]
     meta["shards"] = sorted(facts, key=lambda fact: fact["shard"])
     if RANK > 0:
         return meta

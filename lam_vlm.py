@@ -128,11 +128,8 @@ PAPER = replace(
 )  # fmt: skip
 PRESETS = {"quick": QUICK, "paper": PAPER}
 CLEAN_DATA = "none"  # meta.json's env.videos where nothing moves in the background
-RANK, WORLD = (
-    int(os.environ.get("RANK", 0)),
-    int(os.environ.get("WORLD_SIZE", 1)),
-)  # of torchrun; each rank trains on a slice of every batch
-MINE = slice(RANK, None, WORLD)
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+MINE = slice(RANK, None, WORLD)  # of every batch
 
 
 def fail(message: str) -> None:
@@ -876,11 +873,10 @@ def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         reason = {"cuda": "a CUDA device is here", "mps": "Apple GPU", "cpu": "no GPU found"}[wanted]
-        wanted += f":{os.environ['LOCAL_RANK']}" if WORLD > 1 and wanted == "cuda" else ""
     else:
         reason = "--device"
     try:
-        device = torch.device(wanted)
+        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and wanted == "cuda" else wanted)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {wanted} can not be used: {str(error).splitlines()[0]}")
@@ -953,6 +949,8 @@ def open_run(args: Args) -> Run:
         fail(f"--batch-size {args.batch_size} can not be divided among {WORLD} ranks")
     device, dtype = pick_device(args.device, args.dtype)
     if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))  # rank 0 probes while others wait
     args.dtype = str(dtype).removeprefix("torch.")
     data = Dataset(args, device)
