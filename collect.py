@@ -48,6 +48,7 @@ from typing import Literal
 
 def pick_headless_gl() -> None:
     """Sets MUJOCO_GL (unless the user did) to the first of EGL and OSMesa that really opens a context; must run before `import mujoco`."""
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # of software rendering: more make small pictures slower, and fight among processes
     if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
         return
     for backend in ("egl", "osmesa"):
@@ -810,7 +811,6 @@ def parallel(workers: int, jobs: list[tuple]) -> Iterator:
     if workers == 1:
         yield from (job[0](*job[1:]) for job in jobs)
         return
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # software rendering: one thread a process, or they fight
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=die_with_parent) as pool:
         futures = [pool.submit(*job) for job in jobs]

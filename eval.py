@@ -375,7 +375,6 @@ def run_blocks(blocks: list[Block], workers: int) -> Iterator[tuple[Block, tuple
         yield from ((block, roll_out_block(block)) for block in blocks)
         return close_envs()  # a renderer that is left to the interpreter's exit complains
     workers = min(workers or len(os.sched_getaffinity(0)), len(blocks))
-    os.environ.setdefault("LP_NUM_THREADS", "1")  # software rendering: one thread a process, or they fight
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=start_worker)
     futures = {pool.submit(roll_out_block, block): block for block in blocks}
     try:
@@ -464,7 +463,8 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def make_report(table: list[dict], notes: list[str], runs: list[dict], facts: dict[str, str]) -> str:
-    text, tasks = "# Success on unseen backgrounds, goals and seeds\n\n", sorted({task for e in table for task in e["tasks"]})
+    title = "Success on unseen backgrounds, goals and seeds" if table else "Targets by the probes of stage 1"
+    text, tasks = f"# {title}\n\n", sorted({task for e in table for task in e["tasks"]})
     rows, better = [], []
     for e in table:
         per_task = dict(zip(e["tasks"], e["matrix"].mean(axis=0), strict=True))

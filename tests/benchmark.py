@@ -357,13 +357,15 @@ def cost() -> None:
         writer.writeheader()
         writer.writerows(rows)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    sizes = sorted({row["episodes"] for row in rows})
     for axis, key, label in zip(axes, ("seconds", "peak_gib"), ("seconds", "peak memory, GiB")):
         for stage in dict.fromkeys(row["stage"] for row in rows):
-            points = [(row["episodes"], row[key]) for row in rows if row["stage"] == stage]
-            axis.loglog(*zip(*points), "o-", label=stage, base=2)
+            axis.loglog(sizes, [row[key] for row in rows if row["stage"] == stage], "o-", label=stage, base=2)
         first = min(row[key] for row in rows)
-        axis.loglog([10, 160], [first, 16 * first], "k:", label="linear", base=2)
-        axis.set(xlabel="episodes collected", ylabel=label)
+        axis.loglog(sizes, [first * size / sizes[0] for size in sizes], "k:", label="linear", base=2)
+        axis.set(xlabel="episodes collected", ylabel=label, xticks=sizes)
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:g}")
     axes[1].legend(fontsize=8)
     figure.savefig(out / "cost.png", dpi=150)
 
