@@ -115,8 +115,7 @@ class Args:
     out: str = "data/quick"
     """folder of the data set"""
     encoder: str = "oracle"
-    """encoder whose embeddings are cached: oracle, none, a hub id or local folder of a VLM, DINOv2, CLIP or SigLIP, otter:<CLIP>, or random
-    (a ViT that was never trained: a floor)"""
+    """oracle, none, random (a ViT never trained: a floor), otter:<CLIP>, or a hub id or local folder of a VLM, DINOv2, CLIP or SigLIP"""
     prompt: tuple[str, ...] = ("best",)
     """prompts, each a preset (best, positive, arm, object, blind) or a text of your own; {object} is filled per task"""
     layers: tuple[int, ...] = ()
