@@ -843,25 +843,24 @@ def collect(args: Args, out: Path) -> dict:
         env = cached_env(json.dumps({"task": args.tasks[0], "seed": args.seed, **env_args}))  # fails early, before workers start
         meta["camera_pose"] = env.renderer.pose
         write_json(path, meta)
-    folders = {}
+    shards = []
     for task in args.tasks:
         for first in range(0, args.episodes_per_task, args.shard_episodes):
             slots = range(first, min(first + args.shard_episodes, args.episodes_per_task))
-            folders[out / task / f"shard_{first // args.shard_episodes:05d}"] = task, slots
+            shards.append((out / task / f"shard_{first // args.shard_episodes:05d}", task, slots))
     if RANK == 0:
         for leftover in out.glob("*/.tmp_*"):  # of a killed run; this process holds the lock
             shutil.rmtree(leftover)
         wait_for_all_ranks()
-    jobs, facts = [], []
-    for folder in list(folders)[RANK::WORLD]:
-        task, slots = folders[folder]
+    jobs, facts, mine = [], [], shards[RANK::WORLD]
+    for folder, task, slots in mine:
         if folder.exists():
             facts.append(check_shard(folder))
         else:
             jobs.append((collect_shard, folder, {"task": task, "seed": args.seed, **env_args}, args.noise, args.after_success, slots))
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(args.workers or max(1, cores), max(1, len(jobs)))
-    total, start = sum(len(slots) for _, slots in list(folders.values())[RANK::WORLD]), time.time()
+    total, start = sum(len(slots) for _, _, slots in mine), time.time()
     new_frames = 0
     done = sum(fact["episodes"] for fact in facts)
     with tqdm(total=total, initial=done, desc="collect", unit="episode", smoothing=0.1, disable=RANK > 0) as bar:
@@ -872,7 +871,7 @@ def collect(args: Args, out: Path) -> dict:
             bar.update(fact["episodes"])
     wait_for_all_ranks()
     if WORLD > 1:  # each rank has checked its own
-        facts = [json.loads((folder / "shard.json").read_text()) for folder in folders]
+        facts = [json.loads((folder / "shard.json").read_text()) for folder, _, _ in shards]
     meta["shards"] = sorted(facts, key=lambda fact: fact["shard"])
     if RANK > 0:
         return meta
@@ -913,20 +912,21 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("metaworld", "mujoco", "numpy", "pillow")} | {"python": sys.version.split()[0]}
 
 
-def preview(args: Args, out: Path) -> None:
+def preview(meta: dict, out: Path) -> None:
     """preview.png: a row a task; the distracted frame and its twin at three moments of the first episode, rendered larger."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(args.tasks), 6, figsize=(9, 1.6 * len(args.tasks) + 0.3), squeeze=False, layout="constrained")
-    for row, task in zip(axes, args.tasks):
+    tasks = meta["tasks"]
+    figure, axes = plt.subplots(len(tasks), 6, figsize=(9, 1.6 * len(tasks) + 0.3), squeeze=False, layout="constrained")
+    for row, task in zip(axes, tasks):
         shard = out / task / "shard_00000"
         episode = json.loads((shard / "shard.json").read_text())["attempts"][0] * 1_000_000
         last = int((np.load(shard / "episode.npy", allow_pickle=False) == 0).sum()) - 1
         actions = np.load(shard / "actions.npy", allow_pickle=False)
-        env = DistractingMetaWorld(task, seed=args.seed, **read_meta(out)["env"] | {"size": 192})
+        env = DistractingMetaWorld(task, seed=meta["seed"], **meta["env"] | {"size": 192})
         frame, info = env.reset(options={"episode": episode})
         moments = {last // 6: 0, last // 2: 2, last: 4}
         for step in range(last + 1):
@@ -1104,8 +1104,8 @@ class Pretrained:
                 handle.remove()
         return states, result
 
-    def differ(self, full: Iterator[dict], quick: Iterator[dict]) -> str:
-        """Why the hidden states of a quicker way are not those of full passes; empty if they are."""
+    def may_share(self, full: Iterator[dict], quick: Iterator[dict]) -> bool:
+        """Whether prompts that share a pass over the image have the hidden states of full passes; if not, a line says why."""
         bound, error = 2e-2 if self.dtype == self.torch.bfloat16 else 1e-4, 0.0
         try:
             for one, other in zip(full, quick, strict=True):
@@ -1113,8 +1113,17 @@ class Pretrained:
                     far = (one[layer].float() - other[layer].float()).norm(dim=-1) / one[layer].float().norm(dim=-1)
                     error = max(error, float(far.max()))  # of the worst token: some are a thousand times larger than others
         except Exception as problem:  # each architecture has its own way of not taking a cache; full passes are always right
-            return type(problem).__name__
-        return "" if error < bound else f"relative difference {error:.1e}"
+            return self.cannot_share(type(problem).__name__)
+        return error < bound or self.cannot_share(f"relative difference {error:.1e}")
+
+    def cannot_share(self, why: str) -> bool:
+        print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
+        return False
+
+    def resized(self, images: np.ndarray, size: int) -> object:
+        """(B, H, W, 3) uint8 -> (B, 3, size, size) float32, 0 to 1, on the device."""
+        x = self.torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
+        return self.torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)
 
     def token_pools(self, text: str, states: dict, image: object, words: object, real: object) -> Iterator:
         """states {layer: (B, T, D)}; masks (B, T) of the image's tokens, the prompt's, and all but padding -> the cells asked for."""
@@ -1194,12 +1203,9 @@ class NativeVLM(Pretrained):
 
     def check_reuse(self) -> bool:
         inputs = [self.inputs(GUARD_PICTURE[None], text) for text in (PROMPTS["best"], PROMPTS["blind"])]
-        why, shared = "the image does not come first", self.shared_tokens(inputs)
-        if shared:
-            why = self.differ((self.run(one)[0] for one in inputs), self.reused(inputs, shared))
-        if why:
-            print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
-        return not why
+        if not (shared := self.shared_tokens(inputs)):
+            return self.cannot_share("the image does not come first")
+        return self.may_share((self.run(one)[0] for one in inputs), self.reused(inputs, shared))
 
     def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
         if len(texts) > 1 and self.reuse is None:
@@ -1257,9 +1263,7 @@ class Molmo(Pretrained):
 
     def pictures(self, images: np.ndarray) -> object:
         """(B, H, W, 3) uint8 -> (B, 2, 576, 588): 14 x 14 patches of the picture at 336 px, as global crop and as its only tile."""
-        torch = self.torch
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
-        x = torch.nn.functional.interpolate(x, size=(336, 336), mode="bilinear", antialias=True).clip(0, 1)
+        x = self.resized(images, 336).clip(0, 1)
         mean, std = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # CLIP's
         x = (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
         x = x.view(-1, 3, 24, 14, 24, 14).permute(0, 2, 4, 3, 5, 1).reshape(-1, 1, 576, 588)
@@ -1296,9 +1300,7 @@ class Molmo(Pretrained):
     def pooled(self, images: np.ndarray, texts: list[str]) -> Iterator:
         if len(texts) > 1 and self.reuse is None:
             example = self.inputs(GUARD_PICTURE[None], [PROMPTS["best"], PROMPTS["blind"]])
-            if why := self.differ(self.full(*example), self.reused(*example)):
-                print(f"{self.name}: prompts cannot share a pass over the image ({why}); each gets a full pass")
-            self.reuse = not why
+            self.reuse = self.may_share(self.full(*example), self.reused(*example))
         picture, tails = self.inputs(images, texts)
         for text, tail, states in zip(texts, tails, (self.reused if self.reuse and len(texts) > 1 else self.full)(picture, tails)):
             ids = self.torch.cat([picture["input_ids"], tail], 1)
@@ -1349,9 +1351,7 @@ class RandomViT(VisionModel):
         self.known_pools, self.extra, self.depth = ("cls", "mean"), 1, 12
 
     def pixels(self, images: np.ndarray) -> object:
-        x = self.torch.from_numpy(np.ascontiguousarray(images)).to(self.device).permute(0, 3, 1, 2).float() / 255
-        x = self.torch.nn.functional.interpolate(x, size=(64, 64), mode="bilinear", antialias=True)
-        return ((x - 0.5) / 0.25).to(self.dtype)
+        return ((self.resized(images, 64) - 0.5) / 0.25).to(self.dtype)
 
 
 class Otter(VisionModel):
@@ -1649,7 +1649,7 @@ def main(args: Args) -> None:
     lock = lock_folder(out) if RANK == 0 else None  # held until the process ends
     meta = collect(args, out)
     if RANK == 0 and not (out / "preview.png").exists():
-        preview(args, out)
+        preview(meta, out)
     if args.encoder != "none":
         embed(args, out, meta)
     if lock is not None:

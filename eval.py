@@ -509,6 +509,7 @@ def gather_facts(runs: list[dict], args: Args, rolled_out: int, seconds: float) 
 # ---------------------------------------------------------------- figures
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito: colour-blind-safe
+MARKERS = "osD^vP*X"
 GOOD, BAD = "#009E73", "#D55E00"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
 
@@ -516,7 +517,7 @@ STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True
 def look(table: list[dict], method: str) -> dict[str, str]:
     """Colour and marker of a method, the same in every figure."""
     place = sorted({e["method"] for e in table}).index(method)
-    return {"color": COLOURS[place % 8], "marker": "osD^vP*X"[(place + place // 8) % 8]}
+    return {"color": COLOURS[place % 8], "marker": MARKERS[(place + place // 8) % 8]}
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -587,7 +588,7 @@ def draw_tolerance(table: list[dict], runs: list[dict], path: Path) -> None:
     for i, budget in enumerate(budgets):
         mine = sorted((e for e in table if e["method"] in kept and e["labelled"] == budget), key=lambda e: kept[e["method"]])
         x = [place[kept[e["method"]]] + 0.06 * (i - (len(budgets) - 1) / 2) for e in mine]
-        left.plot(x, [e["iqm"] for e in mine], "osD^vP*X"[i % 8] + "-", color=COLOURS[i % 8], label=f"{budget} labelled")
+        left.plot(x, [e["iqm"] for e in mine], MARKERS[i % 8] + "-", color=COLOURS[i % 8], label=f"{budget} labelled")
         for at, e in zip(x, mine, strict=True):
             if e["iqm_ci"]:
                 left.plot([at, at], e["iqm_ci"], color=COLOURS[i % 8], alpha=0.6)

@@ -730,7 +730,7 @@ def train_lam(run: Run) -> LAM:
     torch.manual_seed(args.seed)
     lam = LAM(data, args).to(run.device, memory_format=torch.channels_last)
     lam.fit_statistics(data)
-    labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)
+    labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train) if args.supervision else None
 
     def make(rng: np.random.Generator) -> tuple:
         rows, weight = rng.choice(data.train, args.batch_size), None

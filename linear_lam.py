@@ -14,7 +14,6 @@ Sources: Zhang et al. 2025 (arXiv 2506.15691) for the linear LAM, arXiv 2605.202
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -363,7 +362,8 @@ def bridge(args: Args, folder: Path) -> None:
     columns = [column for column in rows[0] if column != "label"]
     cell = lambda value: f"{value:.3f}" if isinstance(value, float) else "–" if value is None else str(value)  # noqa: E731
     print(table(columns, [[cell(row[column]) for column in columns] for row in rows]))
-    write(
+    folder.mkdir(parents=True, exist_ok=True)
+    lam_vlm.atomic_write(
         folder / "bridge.csv",
         "\n".join(",".join("" if row[c] is None else cell(row[c]) for c in columns) for row in [dict(zip(columns, columns)), *rows]) + "\n",
     )
@@ -471,16 +471,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in (header, ["---"] * len(header), *rows))
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp_{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def study(folder: Path) -> None:
     """results/linear_lam/: table.md, every case by closed form and by both trainings; study.png, the panels."""
     begun, rows = time.time(), []
+    folder.mkdir(parents=True, exist_ok=True)
     header = ["case"] + [f"{way}: {name}" for way in ("closed form", "trained", "mini-batches") for name in ("loss", "R²(a)", "leak")]
     for cases in (TABLE, WIDE_TABLE):
         exact = train(list(cases.values()))
@@ -497,7 +491,7 @@ def study(folder: Path) -> None:
         text += f"- {name}: {', '.join(format(result['loss'], '.2f') for result in results)}\n"
     draw(folder / "study.png")
     text += f"\n{time.time() - begun:.0f} s, {torch.get_num_threads()} threads\n"
-    write(folder / "table.md", text)
+    lam_vlm.atomic_write(folder / "table.md", text)
     print(text + f"{folder}/study.png")
 
 
@@ -558,10 +552,8 @@ def draw(path: Path) -> None:
         split.plot(scene, trained, "o", color=BAD, markerfacecolor=fill, markersize=size, label=f"trained, supervision {supervision:g}")
     split.plot(scene, [split_leak(case, 4) for case in cases], "-", color=BAD, label="closed form")
     split.set(title="4 motion dimensions predict the action,\nscene dimensions hold the rest", xlabel="scene dimensions")
-    scales, tests = (
-        np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.2]),
-        nonlinear(np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.2]), 5, 600),
-    )
+    scales = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.2])
+    tests = nonlinear(scales, 5, 600)
     mlps.plot(scales, tests["linear_leak"].mean(1), "-", color=BAD, label="closed form, linear")
     for name, colour, label in (
         ("leak_raw", BAD, "MLPs, raw target: leak"),
@@ -575,7 +567,6 @@ def draw(path: Path) -> None:
         axis.legend(fontsize=7, loc="center right" if axis is weight else "best")
         axis.set_ylim(-0.04, 1.04)
         axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -603,7 +594,6 @@ def draw_bridge(rows: list[dict], agreement: dict, path: Path) -> None:
         )
         axis.set_xlim(right=min(x for _, x, _ in points) + 1.5 * span[1])
         axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -107,14 +107,18 @@ def data_loading() -> dict[str, float]:
         def learn() -> None:
             with run.autocast():
                 loss = loss_of(batch[0])
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
+            update(optimiser, loss)
 
         seconds = interleaved({"load": load, "learn": learn}, 30)
         os.close(run.lock)
     share = seconds["load"] / sum(seconds.values())
     return {"data_loading_share": share, "update_ms": 1000 * sum(seconds.values())}
+
+
+def update(optimiser: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    optimiser.step()
 
 
 def first_stage(folder: str, *flags: str) -> tuple:
@@ -150,24 +154,20 @@ def stage1() -> dict[str, float]:
                 return *pictures, torch.from_numpy(embeddings[t]).float(), torch.from_numpy(embeddings[t + 1]).float()
 
         loader = iter(torch.utils.data.DataLoader(Transitions(), batch_size=32, shuffle=True, num_workers=2))
-        optimisers, rng = {lam: torch.optim.AdamW(lam.parameters(), 1e-3) for lam in (module, plain)}, np.random.default_rng(0)
-
-        def update(lam: torch.nn.Module, loss: torch.Tensor) -> None:
-            optimisers[lam].zero_grad(set_to_none=True)
-            loss.backward()
-            optimisers[lam].step()
+        optimiser, eager_optimiser = (torch.optim.AdamW(lam.parameters(), 1e-3) for lam in (module, plain))
+        rng = np.random.default_rng(0)
 
         def own() -> None:
             batch = make(rng)
             with run.autocast():
                 loss = loss_of(batch)
-            update(module, loss)
+            update(optimiser, loss)
 
         def eager() -> None:
             now, after, embedded, embedded_after = next(loader)
             z = lam_vlm.Head.forward(plain.idm, torch.cat([now, (after - now) * 4], 1))
             target = (embedded_after - embedded - plain.change_mean) / plain.change_std
-            update(plain, ((plain.fdm((embedded - plain.mean) / plain.std, z) - target) ** 2).mean())
+            update(eager_optimiser, ((plain.fdm((embedded - plain.mean) / plain.std, z) - target) ** 2).mean())
 
         seconds = interleaved({"own": own, "eager": eager}, 6)
         os.close(run.lock)
@@ -260,12 +260,10 @@ def bootstrap() -> dict[str, float]:
     return {"bootstrap": 100 * seconds["loop"] / seconds["own"], "bootstrap_seconds": seconds["own"]}
 
 
-def measured(*command: str, cwd: str, **environ: str) -> tuple[float, float]:
+def measured(*command: str, cwd: str) -> tuple[float, float]:
     """(seconds, peak GiB) of one of the scripts; the peak is that of its largest process."""
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, ROOT / command[0], *command[1:]], cwd=cwd, env=os.environ | environ, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]], cwd=cwd, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"benchmark.py: {' '.join(map(str, command))} failed")
@@ -319,23 +317,9 @@ def cost() -> None:
             data, run = f"data/{episodes}", f"runs/{episodes}"
             stages = {"collect": ["collect.py", "--episodes-per-task", str(episodes), "--encoder", "none", "--out", data]}
             stages["embed"] = ["collect.py", "--episodes-per-task", str(episodes), "--out", data]
-            for stage in (
-                "lam",
-                "bc",
-                "decoder",
-            ):  # one epoch is 7462 / 128 updates at 80 episodes: as many passes over the data at each size
-                updates = {"lam": episodes * 5, "bc": episodes * 5, "decoder": 2500}
-                updates = [word for name, count in updates.items() for word in (f"--{name}-updates", str(count))]
-                stages[stage] = [
-                    "lam_vlm.py",
-                    "--data",
-                    data,
-                    "--out",
-                    run,
-                    *updates,
-                    "--stages",
-                    *["lam", "bc", "decoder"][: len(stages) - 1],
-                ]
+            updates = f"--lam-updates {5 * episodes} --bc-updates {5 * episodes}"  # as many passes over the data at each size
+            for done in ("lam", "lam bc", "lam bc decoder"):
+                stages[done.split()[-1]] = f"lam_vlm.py --data {data} --out {run} {updates} --stages {done}".split()
             stages["evaluate"] = [
                 "eval.py",
                 "--runs",
