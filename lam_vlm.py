@@ -172,13 +172,19 @@ class Column:
     def __getitem__(self, rows: np.ndarray) -> Tensor:
         if self.whole is not None:
             return self.whole[torch.from_numpy(rows).to(self.device)]
-        shard = np.searchsorted(self.ends, rows, side="right")
+        order = np.argsort(rows, kind="stable")
+        shard = np.searchsorted(self.ends, rows[order], side="right")
+        begins = np.ones(len(rows), bool)  # neighbouring rows of a shard take one read, of at most 512 rows (the system's limit is 1024)
+        begins[1:] = (np.diff(rows[order]) != 1) | (np.diff(shard) != 0)
+        begins[::512] = True
+        begins = np.flatnonzero(begins)
         out = np.empty((len(rows), *self.parts[0].shape[1:]), self.parts[0].dtype)
         buffer = out.reshape(len(rows), -1).view(np.uint8)
-        for k, (s, row) in enumerate(zip(shard.tolist(), rows.tolist())):
-            offset = self.parts[s].offset + (row - int(self.ends[s]) + len(self.parts[s])) * buffer.shape[1]
-            if os.preadv(self.files[s].fileno(), [buffer[k]], offset) != buffer.shape[1]:
-                fail(f"{self.parts[s].filename} ends early; delete its shard folder and run collect.py again")
+        for begin, end in zip(begins.tolist(), [*begins[1:].tolist(), len(rows)]):
+            part, file, row = self.parts[shard[begin]], self.files[shard[begin]], int(rows[order[begin]] - self.ends[shard[begin]])
+            wanted = [buffer[k] for k in order[begin:end]]
+            if os.preadv(file.fileno(), wanted, part.offset + (row + len(part)) * buffer.shape[1]) != len(wanted) * buffer.shape[1]:
+                fail(f"{part.filename} ends early; delete its shard folder and run collect.py again")
         return torch.from_numpy(out).to(self.device, non_blocking=True)
 
 
@@ -283,6 +289,13 @@ class Dataset:
         frames = self.columns["frames"][rows.reshape(-1)]
         b, (h, w) = len(rows), frames.shape[1:3]
         return frames.view(b, stack, h, w, 3).permute(0, 1, 4, 2, 3).reshape(b, 3 * stack, h, w)
+
+    def observe_pair(self, rows: np.ndarray, ahead: np.ndarray, stack: int) -> tuple[Tensor, Tensor]:
+        """What the IDM sees of the transitions rows -> ahead: observe(rows, stack) and observe(ahead, 1), neighbours read together."""
+        if stack > 1:
+            return self.observe(rows, stack), self.observe(ahead, 1)
+        before, after = self.observe(np.concatenate([rows, ahead]), 1).chunk(2)
+        return before, after
 
 
 def batches(make: Callable[[int], tuple], start: int, stop: int, prefetch: bool) -> Iterator[tuple[int, tuple]]:
@@ -558,7 +571,7 @@ class Probes:
 def encode(idm: IDM, data: Dataset, args: Args, rows: np.ndarray) -> Tensor:
     """Latent actions of the transitions rows -> rows + frame_gap (k = 1). (N, latent_dim) float32"""
     parts = [rows[k : k + 512] for k in range(0, len(rows), 512)]
-    return torch.cat([idm(data.observe(r, args.frame_stack), data.observe(r + args.frame_gap, 1)) for r in parts]).float()
+    return torch.cat([idm(*data.observe_pair(r, r + args.frame_gap, args.frame_stack)) for r in parts]).float()
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -739,11 +752,11 @@ def train_lam(run: Run) -> LAM:
             robot = (data.columns["segments"][rows + gap] == 2)[:, None].float()
             weight = robot[MINE] / robot.mean().clamp_min(1e-6)
         rows = rows[MINE]
-        target = target_picture(data, rows, args), target_picture(data, rows + gap, args)
-        batch = data.observe(rows, args.frame_stack), data.observe(ahead, 1), *target, weight
+        target = target_picture(data, np.concatenate([rows, rows + gap]), args).chunk(2)
+        batch = *data.observe_pair(rows, ahead, args.frame_stack), *target, weight
         if args.supervision:
             rows = rng.choice(labelled, args.batch_size)[MINE]
-            batch += data.observe(rows, args.frame_stack), data.observe(rows + gap, 1), data.columns["actions"][rows]
+            batch += *data.observe_pair(rows, rows + gap, args.frame_stack), data.columns["actions"][rows]
         return batch
 
     probes = Probes(data, args) if RANK == 0 else None

@@ -235,6 +235,20 @@ def test_resident_data_and_data_read_from_files_give_the_same_weights(new_run):
         assert same(weights(modules[0][stage]), weights(modules[1][stage])), stage
 
 
+def test_rows_read_from_files_are_those_asked_for(tmp_path, monkeypatch):
+    arrays = [np.random.default_rng(s).integers(0, 255, (n, 2, 3), np.uint8) for s, n in enumerate((700, 1, 650))]
+    for s, array in enumerate(arrays):
+        np.save(tmp_path / f"{s}.npy", array)
+    column = lam_vlm.Column([tmp_path / f"{s}.npy" for s in range(3)], torch.device("cpu"))
+    whole, reads, preadv = np.concatenate(arrays), [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: reads.append(len(into)) or preadv(file, into, at))
+    for r in np.arange(1351), np.array([5, 5, 6, 700, 699, 701, 1350, 0]), np.random.default_rng(3).integers(0, 1350, 700):
+        reads.clear()
+        assert np.array_equal(column[r].numpy(), whole[r]) and sum(reads) == len(r)
+        if len(r) == 1351:
+            assert max(reads) <= 512 and len(reads) < 7, "neighbours are read together"
+
+
 # ------------------------------------------------------------------------------------------------ models and losses
 
 
