@@ -18,7 +18,8 @@ mt10="reach push pick-place door-open drawer-open drawer-close button-press-topd
 
 case $scale in
 screen) tasks=${TASKS:-${mt10/peg-insert-side /}} data=data/screen ;; # the expert of peg-insert-side needs more than the 150 steps of quick
-quick | ablations) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 4 8" ;;
+quick) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 4 8" ;;
+ablations) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 8" ;; # the data of quick, so its tasks
 encoders) tasks=${TASKS:-drawer-open} data=data/encoders ;;
 paper)
   tasks=${TASKS:-$mt10}
@@ -49,7 +50,7 @@ elif [[ $scale == ablations ]]; then
   for seed in $seeds; do
     cell="$lam --data $data --tasks $on --seed $seed --labelled-episodes"
     for dim in 2 4 128; do cells+=("$cell $budgets --latent-dim $dim --arm z$dim"); done
-    cells+=("$cell $budgets 16 32")                                                 # z 16, the reference, over the label budget
+    cells+=("$cell 2 4 8 16 32")                                                    # z 16, the reference, over the label budget
     for prompt in positive arm object blind; do cells+=("$cell $budgets --encoder oracle_$prompt"); done
     for kept in 0.05 0.1 0.2 0.5 1; do cells+=("$cell $budgets --encoder oracle-a${kept}_best"); done
     for k in 3 10; do cells+=("$cell $budgets --idm-horizon $k --arm k$k"); done
@@ -63,6 +64,9 @@ elif [[ $scale == ablations ]]; then
     for amount in still 1clip 25area 50area; do                                     # amount of distraction
       cells+=("${cell/$data/$data-$amount} $budgets --arm lapo-oracle-$amount")
       cells+=("${cell/$data/$data-$amount} $budgets --target pixels --arm lapo-$amount")
+    done
+    for lr in 3e-4 3e-3; do                                                         # learning rates around 1e-3, judged by the probes alone
+      cells+=("$cell 2 --stages lam --lr $lr --arm lapo-oracle-lr$lr" "$cell 2 --stages lam --lr $lr --target pixels --arm lapo-lr$lr")
     done
   done
 else
