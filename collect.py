@@ -76,6 +76,7 @@ MT10 = ("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close
         "window-close")
 TASKS = tuple(sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS))
 CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+MOVING = mujoco.mjtCatBit.mjCAT_DYNAMIC | mujoco.mjtCatBit.mjCAT_DECOR
 SEGMENTS = ("background", "table", "robot", "object", "goal")  # classes of segments.npy
 # fmt: on
 
@@ -179,7 +180,9 @@ class Renderer:
     """Colour, depth and (on demand) segmentation of one MuJoCo model, from one off-screen context of its own.
 
     Two MetaWorld environments rendered through gymnasium in one process corrupt each other's frames; a private context is exact. Shadows,
-    reflections and multisampling are off: pictures are drawn at twice the size and averaged down instead, which is 10x faster.
+    reflections and multisampling are off: pictures are drawn at twice the size and averaged down instead, which is 10x faster. What never
+    moves is drawn once, and each frame's moving bodies into it by their depth: the same bytes as in one pass, which is what is done where
+    something is transparent or the camera moves.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, camera: str, camera_distance: float):
@@ -213,6 +216,9 @@ class Renderer:
         self.close = weakref.finalize(self, release, self.context, self.gl)
         atexit.register(self.close)  # runs before mujoco's own, registered earlier, tears EGL down
         self.segment_of_body = np.array([self._segment(body) for body in range(model.nbody)], np.uint8)
+        fixed = (model.body_weldid == 0) & (model.body_mocapid < 0)  # the bodies of mjCAT_STATIC
+        self.fixed_geoms, self.fixed_sites, self.fixed_pose = fixed[model.geom_bodyid], fixed[model.site_bodyid], np.zeros(0)
+        self.camera_moves = not fixed[model.cam_bodyid[self.camera.fixedcamid]]  # two cameras sit on the hand
 
     def _segment(self, body: int) -> int:
         root = self.model.body(self.model.body_rootid[body]).name
@@ -222,24 +228,57 @@ class Renderer:
         """OpenGL's rows go up; an upside-down camera's rows already go down once more, but its columns are swapped."""
         return picture[:, ::-1] if self.upside_down else picture[::-1]
 
-    def __call__(self, data: mujoco.MjData, floor_only: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:
         """Renders the scene; returns views of the colour (2S, 2S, 3) uint8 and depth (2S, 2S) float32 buffers, upright."""
-        self.gl.make_current()
-        mujoco.mjv_updateScene(self.model, data, self.option, self.perturb, self.camera, mujoco.mjtCatBit.mjCAT_ALL, self.scene)
-        if floor_only:  # geom 0 is the floor in every task; it is then the scene's only geom
-            self.scene.ngeom = 1
-        mujoco.mjr_render(self.rect, self.scene, self.context)
-        mujoco.mjr_readPixels(self.rgb, self.depth, self.rect, self.context)
+        geoms, sites = self.fixed_geoms, self.fixed_sites
+        parts = data.geom_xpos[geoms], data.geom_xmat[geoms], data.site_xpos[sites], data.site_xmat[sites]
+        pose = np.concatenate([part.ravel() for part in parts])
+        if not np.array_equal(pose, self.fixed_pose):
+            self._update(data, mujoco.mjtCatBit.mjCAT_ALL)
+            opaque = all(geom.rgba[3] == 1 for geom in self.scene.geoms[: self.scene.ngeom])
+            self.layered = opaque and not self.camera_moves
+            self._draw(data, mujoco.mjtCatBit.mjCAT_STATIC)
+            self.fixed_pose, self.fixed_rgb, self.fixed_depth, self.fixed_classes = pose, self.rgb.copy(), self.depth.copy(), None
+        self._draw(data, MOVING if self.layered else mujoco.mjtCatBit.mjCAT_ALL)
+        if self.layered:
+            self.behind = self.depth >= self.fixed_depth
+            np.copyto(self.rgb, self.fixed_rgb, where=self.behind[..., None])
+            np.copyto(self.depth, self.fixed_depth, where=self.behind)
         return self._upright(self.rgb), self._upright(self.depth)
 
-    def segments(self) -> np.ndarray:
+    def empty_depth(self, data: mujoco.MjData) -> np.ndarray:
+        """Depth (2S, 2S) of the room with the floor alone."""
+        self._update(data, mujoco.mjtCatBit.mjCAT_ALL)
+        self.scene.ngeom = 1  # geom 0 is the floor in every task
+        mujoco.mjr_render(self.rect, self.scene, self.context)
+        mujoco.mjr_readPixels(None, self.depth, self.rect, self.context)
+        return self._upright(self.depth).copy()
+
+    def segments(self, data: mujoco.MjData) -> np.ndarray:
         """Class of each pixel (S, S) uint8, an index of SEGMENTS, of the scene of the last call (one more render pass)."""
+        if not self.layered:
+            return self._classes(data, mujoco.mjtCatBit.mjCAT_ALL)
+        if self.fixed_classes is None:
+            self.fixed_classes = self._classes(data, mujoco.mjtCatBit.mjCAT_STATIC)
+        return np.where(self._upright(self.behind)[::2, ::2], self.fixed_classes, self._classes(data, MOVING))
+
+    def _update(self, data: mujoco.MjData, categories: int) -> None:
         self.gl.make_current()
+        mujoco.mjv_updateScene(self.model, data, self.option, self.perturb, self.camera, categories, self.scene)
+
+    def _draw(self, data: mujoco.MjData, categories: int) -> None:
+        self._update(data, categories)
+        mujoco.mjr_render(self.rect, self.scene, self.context)
+        mujoco.mjr_readPixels(self.rgb, self.depth, self.rect, self.context)
+
+    def _classes(self, data: mujoco.MjData, categories: int) -> np.ndarray:
+        self._update(data, categories)
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = self.scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 1
         mujoco.mjr_render(self.rect, self.scene, self.context)
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SEGMENT] = self.scene.flags[mujoco.mjtRndFlag.mjRND_IDCOLOR] = 0
-        mujoco.mjr_readPixels(self.rgb, None, self.rect, self.context)
-        code = self._upright(self.rgb)[::2, ::2].astype(np.uint32) @ np.array([1, 256, 65536], np.uint32)  # segid + 1, 0 where nothing is
+        codes = np.empty_like(self.rgb)
+        mujoco.mjr_readPixels(codes, None, self.rect, self.context)
+        code = self._upright(codes)[::2, ::2].astype(np.uint32) @ np.array([1, 256, 65536], np.uint32)  # segid + 1, 0 where nothing is
         table = np.zeros(self.scene.ngeom + 1, np.uint8)
         for geom in self.scene.geoms[: self.scene.ngeom]:
             if geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
@@ -324,7 +363,7 @@ class DistractingMetaWorld(gymnasium.Env):
             self.start, self.direction = int(self.rng.integers(len(self.clips[self.clip]))), int(self.rng.choice([-1, 1]))
         self.steps, self.success = 0, False
         mujoco.mj_forward(self.inner.model, self.inner.data)
-        self.empty_depth = self.renderer(self.inner.data, floor_only=True)[1].copy()
+        self.empty_depth = self.renderer.empty_depth(self.inner.data)
         return self._observe(state)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -336,6 +375,8 @@ class DistractingMetaWorld(gymnasium.Env):
 
     def _observe(self, state: np.ndarray) -> tuple[np.ndarray, dict]:
         rgb, depth = self.renderer(self.inner.data)
+        if self.renderer.camera_moves:
+            rgb, depth, self.empty_depth = rgb.copy(), depth.copy(), self.renderer.empty_depth(self.inner.data)
         background = (depth == self.empty_depth) & self.shows_video  # (2S, 2S)
         share = box_sum(background)[..., None]  # (S, S, 1), 0 to 4
         clean = ((box_sum(rgb) + 2) // 4).astype(np.uint8)
@@ -352,7 +393,7 @@ class DistractingMetaWorld(gymnasium.Env):
 
     def segments(self) -> np.ndarray:
         """Classes (size, size) uint8 of the last frame's pixels, see SEGMENTS; costs another render pass."""
-        return self.renderer.segments()
+        return self.renderer.segments(self.inner.data)
 
     def render(self) -> np.ndarray:
         return self.frame
