@@ -667,8 +667,8 @@ class Objective(nn.Module):
 
 def train(
     run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable, probe: Callable | None = None
-) -> None:
-    """Trains `module` on loss_of(make(rng)) and leaves <stage>.pt: the loop of all three stages.
+) -> dict:
+    """Trains `module` on loss_of(make(rng)) and leaves <stage>.pt: the loop of all three stages. Returns the last probe, if any.
 
     Batches, noise and dropout of an update are drawn from [seed, stage, update] alone, so a run that was cut off and goes on sees what the
     uninterrupted one sees. AdamW, one-cycle schedule. A loss that is not finite ends the run; the last good checkpoint stays.
@@ -684,7 +684,7 @@ def train(
         start, seconds = checkpoint["update"], checkpoint["seconds"]
         if start == updates:
             print(f"{stage}: finished already, {path}")
-            return
+            return {}
         optimiser.load_state_dict(checkpoint["optimiser"])
         schedule.load_state_dict(checkpoint["schedule"])
         print(f"{stage}: goes on at update {start}")
@@ -699,7 +699,7 @@ def train(
         state = {"module": module.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
         save_checkpoint(path, state | {"update": update, "seconds": seconds + time.time() - begun, "identity": run.identity})
 
-    begun, total = time.time(), torch.zeros((), device=run.device)
+    begun, total, probed = time.time(), torch.zeros((), device=run.device), {}
     draw = lambda update: make(np.random.default_rng([args.seed, number, update]))  # noqa: E731
     module.train()
     with tqdm(total=updates, initial=start, desc=stage, unit="update", smoothing=0.05, mininterval=1, disable=RANK > 0) as bar:
@@ -727,11 +727,13 @@ def train(
                     done == updates or done % max(args.log_every, updates // 5 // args.log_every * args.log_every) == 0
                 ):
                     module.eval()
-                    row |= probe()
+                    probed = probe()
                     module.train()
+                    row |= probed
                 run.log(stage, done, row)
                 if RANK == 0 and (done % (4 * args.log_every) == 0 or done == updates):
                     save(done)
+    return probed
 
 
 # ------------------------------------------------------------------------------------------------ stages
@@ -760,11 +762,11 @@ def train_lam(run: Run) -> LAM:
         return batch
 
     probes = Probes(data, args) if RANK == 0 else None
-    train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, (lambda: probes(lam.idm)) if probes else None)
+    probed = train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, (lambda: probes(lam.idm)) if probes else None)
     lam.eval().requires_grad_(False)
     with torch.no_grad():
         lam.latent_std.copy_(encode(lam.idm, data, args, data.train[:: max(1, len(data.train) // 10_000)]).std())
-    run.probes = probes(lam.idm) if probes else {}
+    run.probes = probed or (probes(lam.idm) if probes else {})
     return lam
 
 
