@@ -2,7 +2,7 @@
 # Every command behind the tables and figures of the README, one a cell.
 #   bash replicate.sh screen           bc-all on MT10: the first three tasks that it solves in 80 % of 50 episodes are those of `quick`
 #   bash replicate.sh quick            the main figure at CPU scale: 3 tasks, 3 seeds, 2, 4 and 8 labelled episodes
-#   bash replicate.sh ablations        one-flag variants on drawer-open, 3 seeds, beside the runs of `quick` on it
+#   bash replicate.sh ablations        one-flag variants, most on drawer-open, 3 seeds, beside the runs of `quick`
 #   bash replicate.sh encoders         targets ranked by the probes of stage 1; ENCODERS="facebook/dinov2-base ..." adds pretrained ones
 #   bash replicate.sh paper            the arms of the main figure at the paper's scale (GPU; DAVIS is downloaded)
 #   bash replicate.sh quick --list     prints the commands instead, one a line, in order
@@ -37,6 +37,7 @@ if [[ $scale == ablations ]]; then
   on=$([[ " $tasks " == *" drawer-open "* ]] && echo drawer-open || echo "${tasks%% *}")
   make_data+=("python collect.py --tasks $on --video-step 0 --out $data-still" "python collect.py --tasks $on --clips 1 --out $data-1clip")
   for area in 25 50; do make_data+=("python collect.py --tasks $on --video-area 0.$area --out $data-${area}area"); done
+  make_data+=("python collect.py --tasks ${tasks%% *} --camera-distance 0.6 --out $data-wide") # door-open, where LAPO does best
 fi
 if [[ $scale == encoders ]]; then
   make_data+=("python collect.py --tasks $tasks --encoder random --layers -1 -7 --pools cls mean --out $data") # a floor: weights never trained
@@ -65,6 +66,8 @@ elif [[ $scale == ablations ]]; then
       cells+=("${cell/$data/$data-$amount} $budgets --arm lapo-oracle-$amount")
       cells+=("${cell/$data/$data-$amount} $budgets --target pixels --arm lapo-$amount")
     done
+    wide="$lam --data $data-wide --tasks ${tasks%% *} --seed $seed --labelled-episodes $budgets"
+    cells+=("$wide --arm lapo-oracle-wide" "$wide --target pixels --arm lapo-wide") # a camera farther away: more background
     for lr in 3e-4 3e-3; do                                                         # learning rates around 1e-3, judged by the probes alone
       cells+=("$cell 2 --stages lam --lr $lr --arm lapo-oracle-lr$lr" "$cell 2 --stages lam --lr $lr --target pixels --arm lapo-lr$lr")
     done
