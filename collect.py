@@ -251,8 +251,9 @@ class Renderer:
         self._update(data, mujoco.mjtCatBit.mjCAT_ALL)
         self.scene.ngeom = 1  # geom 0 is the floor in every task
         mujoco.mjr_render(self.rect, self.scene, self.context)
-        mujoco.mjr_readPixels(None, self.depth, self.rect, self.context)
-        return self._upright(self.depth).copy()
+        depth = np.empty_like(self.depth)  # the last call's views stay valid
+        mujoco.mjr_readPixels(None, depth, self.rect, self.context)
+        return self._upright(depth)
 
     def segments(self, data: mujoco.MjData) -> np.ndarray:
         """Class of each pixel (S, S) uint8, an index of SEGMENTS, of the scene of the last call (one more render pass)."""
@@ -376,7 +377,7 @@ class DistractingMetaWorld(gymnasium.Env):
     def _observe(self, state: np.ndarray) -> tuple[np.ndarray, dict]:
         rgb, depth = self.renderer(self.inner.data)
         if self.renderer.camera_moves:
-            rgb, depth, self.empty_depth = rgb.copy(), depth.copy(), self.renderer.empty_depth(self.inner.data)
+            self.empty_depth = self.renderer.empty_depth(self.inner.data)
         background = (depth == self.empty_depth) & self.shows_video  # (2S, 2S)
         share = box_sum(background)[..., None]  # (S, S, 1), 0 to 4
         clean = ((box_sum(rgb) + 2) // 4).astype(np.uint8)
