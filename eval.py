@@ -17,6 +17,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -529,8 +530,25 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 @plt.rc_context(STYLE)
 def draw_success(table: list[dict], path: Path) -> None:
-    """IQM with CI against the label budget; faint dots are single runs, a dashed line marks what all labels give."""
+    """IQM with CI against the label budget; faint dots are single runs, a dashed line marks what all labels give.
+
+    More methods than there are colours get a row each, the best at the top, and the budgets the colours.
+    """
     budgets, methods = sorted({e["labelled"] for e in table}, key=budget_order), sorted({e["method"] for e in table})
+    label = "success, IQM with 95 % CI" if any(e["iqm_ci"] for e in table) else "success, IQM (one run: no CI)"
+    if len(methods) > len(COLOURS):
+        methods = list(dict.fromkeys(e["method"] for e in table))[::-1]  # the table is sorted by budget and success
+        figure, axes = plt.subplots(figsize=(7, 1 + 0.3 * len(methods)))
+        for i, budget in enumerate(budgets):
+            mine = [e for e in table if e["labelled"] == budget]
+            y = [methods.index(e["method"]) + 0.6 * (0.5 - (i + 0.5) / len(budgets)) for e in mine]
+            axes.scatter([e["iqm"] for e in mine], y, s=20, color=COLOURS[i % 8], marker=MARKERS[i % 8], label=f"{budget} labelled")
+            for at, e in zip(y, mine, strict=True):
+                if e["iqm_ci"]:
+                    axes.plot(e["iqm_ci"], [at, at], color=COLOURS[i % 8], alpha=0.6)
+        axes.set(yticks=range(len(methods)), yticklabels=methods, ylim=(-0.6, len(methods) - 0.4), xlim=(-0.03, 1.03), xlabel=label)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+        return save_figure(figure, path)
     figure, axes = plt.subplots(figsize=(2 + 1.5 * len(budgets), 4))
     for i, method in enumerate(methods):
         style, entries = look(table, method), [e for e in table if e["method"] == method]  # the table is sorted by budget
@@ -545,7 +563,7 @@ def draw_success(table: list[dict], path: Path) -> None:
         axes.plot([budgets.index(e["labelled"]) + dodge for e in entries], [e["iqm"] for e in entries], **style, linewidth=1, label=method)
     axes.set(xticks=range(len(budgets)), xticklabels=budgets, xlabel="labelled episodes", ylim=(-0.03, 1.03))
     axes.set_xlim(-0.5, len(budgets) - 0.5)
-    axes.set_ylabel("success, IQM with 95 % CI" if any(e["iqm_ci"] for e in table) else "success, IQM (one run: no CI)")
+    axes.set_ylabel(label)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
@@ -566,7 +584,8 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
             handles[run["arm"]] = axes.scatter(run["leak_probe_r2"], success, s=45, alpha=0.8, linewidths=0, clip_on=False, **style)
         axes.set(title=f"{budget} labelled episodes", xlabel="leak $R^2$ (background explained)", ylabel="success", ylim=(-0.03, 1.03))
         axes.label_outer()
-    panels[0, -1].legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.03, 0.5))
+    columns = math.ceil(len(handles) / 12)
+    panels[0, -1].legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.03, 0.5), ncols=columns)
     save_figure(figure, path)
 
 

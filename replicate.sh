@@ -91,7 +91,11 @@ else
   done
 fi
 
-labelled=$([[ $scale != quick ]] || echo "--labelled $budgets all") # `ablations` adds budgets to some of its runs
+evaluate="python eval.py ${preset}--out results/$scale"
+case $scale in
+quick) evaluate+=" --labelled $budgets all" ;; # `ablations` adds budgets to some of its runs
+ablations) evaluate+=" --media 0" ;;           # no films of some thirty arms
+esac
 
 probe_cells() { # stage 1 alone, two seeds, for every embedding that the data set has by now
   local lam="python lam_vlm.py --data $data --stages lam --lam-updates 400 --labelled-episodes 2" seed target file
@@ -105,7 +109,7 @@ probe_cells() { # stage 1 alone, two seeds, for every embedding that the data se
 [[ $scale != encoders ]] || probe_cells
 
 if [[ ${2:-} == --list ]]; then
-  printf '%s\n' "${make_data[@]}" "${cells[@]}" "python eval.py ${preset}--out results/$scale $labelled"
+  printf '%s\n' "${make_data[@]}" "${cells[@]}" "$evaluate"
   exit
 fi
 
@@ -141,4 +145,4 @@ printf '%s\n' "${cells[@]}" | xargs -P "$jobs" -d '\n' -I '{}' bash -c 'train_ce
   { echo "replicate.sh: some cells failed, see above; the same line goes on" >&2; exit 1; }
 
 mapfile -t runs < <(cut -d' ' -f1 "$done_file" | sort)
-OMP_NUM_THREADS=1 python eval.py ${preset}--out "results/$scale" $labelled --runs "${runs[@]}"
+OMP_NUM_THREADS=1 $evaluate --runs "${runs[@]}"

@@ -602,6 +602,19 @@ def test_tolerance_curve(lab, monkeypatch):
     }
 
 
+def test_many_methods_get_a_row_each(lab, monkeypatch):
+    for i in range(len(ev.COLOURS) + 1):
+        make_run("lapo-clean" if i == 4 else f"arm{i}", labelled=("2", "16"))  # lapo-clean alone is perfect, with 16
+    drawn = {}
+    monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    evaluate(media=0)
+    axes = drawn["success.png"].axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    two, sixteen = (np.asarray(points.get_offsets()) for points in axes.collections)
+    assert len(names) == len(two) == len(sixteen) == 9 and len(set(names)) == 9
+    assert {names[round(y)]: x for x, y in sixteen} == {name: 1.0 if name == "lapo-clean" else 8 / 12 for name in names}
+
+
 def test_label_budgets_are_chosen(lab):
     make_run("lapo", labelled=("2", "8", "16"))
     evaluate(labelled=("16", "2"))
