@@ -141,8 +141,9 @@ class Args:
 
 QUICK = Args()
 PAPER = replace(
-    QUICK, tasks=("mt10",), episodes_per_task=5000, videos="davis", size=128, max_steps=500, shard_episodes=50, out="data/paper"
-)
+    QUICK, tasks=("mt10",), episodes_per_task=5000, videos="davis", size=128, max_steps=500, shard_episodes=50, camera_distance=0.6,
+    out="data/paper",
+)  # fmt: skip
 PRESETS = {"quick": QUICK, "paper": PAPER}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun: shard n is made by rank n % WORLD
 
@@ -1097,10 +1098,10 @@ class Pretrained:
         self.id = args.encoder.removeprefix("otter:")
         self.source = {"pretrained_model_name_or_path": self.id}
         self.source |= {} if Path(self.id).is_dir() else {"revision": config["revision"]}
-        available = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if available == "cuda" else available
-        self.device, self.dtype = torch.device(place), torch.bfloat16 if available == "cuda" else torch.float32
-        self.batch = args.encoder_batch or (64 if available == "cuda" else 16)
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.batch = args.encoder_batch or (64 if cuda else 16)
         self.revision = config["revision"][:8]
         folder = Path(self.id).resolve().name  # of a local model the content is recorded, not where it lies
         self.name = self.kind + re.sub("[^A-Za-z0-9.]+", "-", folder).strip("-")
@@ -1539,7 +1540,7 @@ def encode(
         chosen, full = rows[start : start + encoder.batch], None
         try:
             result = encoder(frames[chosen], texts, segments[chosen], task)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU and MPS raise
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU raises
             full = " ".join(str(error).split())[:100]
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", full):
                 raise

@@ -71,7 +71,7 @@ class Args:
     frame_stack: int = 1
     """frames in an observation"""
     stages: tuple[Literal["lam", "bc", "decoder"], ...] = ("lam", "bc", "decoder")
-    """stages to run; a finished one is skipped"""
+    """stages to run, with those that they need; a finished one is skipped"""
     widths: tuple[int, ...] = (32, 64)
     """channels of the convolutional blocks of IDM, policy and picture FDM"""
     res_blocks: int = 1
@@ -109,7 +109,7 @@ class Args:
     resident: Literal["auto", "yes", "no"] = "auto"
     """data on the device as a whole, or read from its files batch by batch; auto: by size"""
     device: str = "auto"
-    """cuda, mps, cpu, or auto"""
+    """cuda, cpu, or auto"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """arithmetic of stages 1 and 2: bfloat16 (autocast; weights stay float32), float32, or auto: bfloat16 where the hardware has it"""
     seed: int = 0
@@ -117,7 +117,7 @@ class Args:
     arm: str = ""
     """name under which eval.py groups the seeds of one method; empty: named by method and target"""
     out: str = ""
-    """folder of the run; empty: runs/<arm>_<tasks>_s<seed>"""
+    """folder of the run; empty: runs/<arm>_<tasks>_s<seed>, and the data set's name if that is not quick"""
 
 
 QUICK = Args()
@@ -437,7 +437,7 @@ class LAM(nn.Module):
             now, after = target_picture(data, part, self.args), target_picture(data, part + self.args.frame_gap, self.args)
             axes = 0 if now.ndim == 2 else (0, 2, 3)
             for prefix, values in (("", now), ("change_", after - now)):
-                count, values = values[:, 0].numel(), values.cpu().double()  # MPS has no float64
+                count, values = values[:, 0].numel(), values.cpu().double()
                 moments[prefix].append(torch.stack([values.sum(axes), (values**2).sum(axes), torch.full_like(values.sum(axes), count)]))
         for prefix, parts in moments.items():
             total, squares, count = torch.stack(parts).sum(0)
@@ -666,9 +666,12 @@ class Objective(nn.Module):
 
 
 def train(
-    run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable, probe: Callable | None = None
-) -> dict:
+    run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable,
+    probe: Callable | None = None, finish: Callable | None = None,
+) -> dict:  # fmt: skip
     """Trains `module` on loss_of(make(rng)) and leaves <stage>.pt: the loop of all three stages. Returns the last probe, if any.
+
+    finish() is called after the last update, before its checkpoint is written.
 
     Batches, noise and dropout of an update are drawn from [seed, stage, update] alone, so a run that was cut off and goes on sees what the
     uninterrupted one sees. AdamW, one-cycle schedule. A loss that is not finite ends the run; the last good checkpoint stays.
@@ -722,6 +725,8 @@ def train(
                     fail(f"{stage}: the loss is {mean} near update {done}; the last good checkpoint, if any, stays; try a lower --lr")
                 total.zero_()
                 bar.set_postfix(loss=f"{mean:.3g}")
+                if done == updates and finish is not None:
+                    finish()
                 row = {"loss": mean, "lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / (time.time() - begun)}
                 if probe is not None and (
                     done == updates or done % max(args.log_every, updates // 5 // args.log_every * args.log_every) == 0
@@ -762,10 +767,14 @@ def train_lam(run: Run) -> LAM:
         return batch
 
     probes = Probes(data, args) if RANK == 0 else None
-    probed = train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, (lambda: probes(lam.idm)) if probes else None)
+
+    def fit_latent_std() -> None:
+        with torch.no_grad():
+            lam.latent_std.copy_(encode(lam.idm, data, args, data.train[:: max(1, len(data.train) // 10_000)]).std())
+
+    probe = (lambda: probes(lam.idm)) if probes else None
+    probed = train(run, "lam", lam, args.lam_updates, args.lr, make, lam.loss, probe, fit_latent_std)
     lam.eval().requires_grad_(False)
-    with torch.no_grad():
-        lam.latent_std.copy_(encode(lam.idm, data, args, data.train[:: max(1, len(data.train) // 10_000)]).std())
     run.probes = probed or (probes(lam.idm) if probes else {})
     return lam
 
@@ -883,11 +892,25 @@ def default_arm(args: Args, videos: str) -> str:
     return f"{name}-clean-data" if videos == CLEAN_DATA else name
 
 
+def default_out(args: Args) -> str:
+    """Folder of a run: two commands that train something else do not share one."""
+    budget = f"-{args.labelled_episodes[0]}" if args.arm == "bc-few" or args.supervision else ""
+    name = Path(os.path.abspath(args.data)).name
+    return f"runs/{args.arm}{budget}_{'+'.join(args.tasks)}_s{args.seed}" + (f"_{name}" if name != "quick" else "")
+
+
+def identity_of(args: Args) -> dict:
+    """The arguments that decide what is trained, as JSON has them."""
+    free = {"stages", "device", "resident", "out", "arm"}
+    if args.method == "lapo" and not args.supervision:
+        free |= {"labelled_episodes"}  # each budget has its decoder, stages 1 and 2 are shared
+    return json.loads(json.dumps({key: value for key, value in asdict(args).items() if key not in free}))
+
+
 def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """Device and precision, printed with their reasons."""
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        reason = {"cuda": "a CUDA device is here", "mps": "Apple GPU", "cpu": "no GPU found"}[wanted]
+        wanted, reason = ("cuda", "a CUDA device is here") if torch.cuda.is_available() else ("cpu", "no GPU found")
     else:
         reason = "--device"
     try:
@@ -971,8 +994,7 @@ def open_run(args: Args) -> Run:
     data = Dataset(args, device)
     args.tasks = args.tasks or tuple(data.meta["tasks"])
     args.arm = args.arm or default_arm(args, data.meta["env"]["videos"])
-    budget = f"-{args.labelled_episodes[0]}" if args.arm == "bc-few" or args.supervision else ""
-    args.out = args.out or f"runs/{args.arm}{budget}_{'+'.join(args.tasks)}_s{args.seed}"
+    args.out = args.out or default_out(args)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
@@ -981,10 +1003,7 @@ def open_run(args: Args) -> Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends, however it ends
     except OSError:
         fail(f"another process is writing {folder}; wait for it, or choose another --out")
-    free = {"stages", "device", "resident", "out", "arm"}  # these do not change what a stage computes
-    if args.method == "lapo" and not args.supervision:
-        free |= {"labelled_episodes"}  # each budget has its decoder, stages 1 and 2 are shared
-    identity = json.loads(json.dumps({key: value for key, value in asdict(args).items() if key not in free}))
+    identity = identity_of(args)
     path = folder / "args.json"
     if path.exists():
         stored = read_json(path)

@@ -193,11 +193,14 @@ def train(cases: list[Args], minibatch: bool = False, tied: bool = False, motion
     exists = tensor([(np.arange(dz) < case.latent_dim).astype(float) for case, _ in jobs])  # (n, dz)
     seen = exists if motion is None else tensor([(np.arange(dz) < motion[k // first.restarts]).astype(float) for k in range(n)])
 
-    def draw(*shape: int) -> Tensor:
-        rows = [torch.from_numpy(np.random.default_rng([case.seed, restart]).standard_normal(shape)) for case, restart in jobs]
-        return (torch.stack(rows) / shape[-1] ** 0.5).requires_grad_()
+    def draw(case: Args, restart: int) -> list[np.ndarray]:
+        """Initial a, b, c, d, e, padded to dz: a case starts the same whatever it is trained beside."""
+        rng, k = np.random.default_rng([case.seed, restart, 1]), case.latent_dim
+        drawn = [rng.standard_normal(shape) / shape[1] ** 0.5 for shape in ((do, do), (do, k), (k, do), (k, do), (da, k))]
+        sizes = (do, do), (do, dz), (dz, do), (dz, do), (da, dz)
+        return [np.pad(x, [(0, rows - x.shape[0]), (0, columns - x.shape[1])]) for x, (rows, columns) in zip(drawn, sizes)]
 
-    a, b, c, d, e = draw(do, do), draw(do, dz), draw(dz, do + 1), draw(dz, do), draw(da, dz)
+    a, b, c, d, e = (tensor(weights).requires_grad_() for weights in zip(*(draw(*job) for job in jobs)))
     optimiser = torch.optim.Adam([a, b, c, d, e], 3e-2, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, first.updates)
     torch.manual_seed(first.seed)
@@ -205,7 +208,7 @@ def train(cases: list[Args], minibatch: bool = False, tied: bool = False, motion
     def residuals() -> tuple[Tensor, Tensor]:
         """What multiplies o and e in [P o' - A o - B z; sqrt(supervision) (a - E z)], (n, do + da, do) each."""
         dd = d * exists[..., None]
-        cc = torch.where(change | torch.tensor(tied), -dd, c[..., :do] * exists[..., None])
+        cc = torch.where(change | torch.tensor(tied), -dd, c * exists[..., None])
         aa = torch.where(change, target, a)
         gauge = cc + dd @ gamma
         on_o = torch.cat([target @ gamma - aa - b @ gauge, -weight * ((e * seen[:, None]) @ gauge)], 1)
@@ -315,7 +318,6 @@ def nonlinear(scales: np.ndarray, seeds: int, updates: int = 1500) -> dict[str, 
         "linear_leak": shaped(linear[:, 1])[..., 0],
         "leak_raw": shaped(found[:, 1])[..., 0],
         "leak_clean": shaped(found[:, 1])[..., 1],
-        "r2_raw": shaped(found[:, 0])[..., 0],
         "r2_clean": shaped(found[:, 0])[..., 1],
     }
 
@@ -408,13 +410,14 @@ def small(pictures: np.ndarray) -> np.ndarray:
 
 def trained_lams(data: str) -> dict[str, list[tuple[float, float]]]:
     """{target: (action_probe_nmse, leak_probe_r2) of every finished stage 1 in runs/}, on this data set and with default settings."""
+    stage_1 = "method fdm_input latent_dim supervision frame_gap idm_horizon frame_stack widths res_blocks stem fdm_hidden".split()
+    stage_1 += "fdm_dropout lam_updates batch_size lr weight_decay probe_fraction".split()
     found = {}
     for path in sorted(Path("runs").glob("*/summary.json")):
         summary, args = lam_vlm.read_json(path), lam_vlm.read_json(path.with_name("args.json"))
-        default = all(args.get(key) == getattr(lam_vlm.QUICK, key) for key in ("lam_updates", "latent_dim", "fdm_dropout", "frame_gap"))
+        default = all(args.get(key) == json.loads(json.dumps(getattr(lam_vlm.QUICK, key))) for key in stage_1)
         if args["data"] == data and "lam" in summary["stages"] and default and args["target"] != "masked":
-            keys = [p.stem for p in Path(data).glob(f"*/shard_00000/embeddings/{args['encoder']}*.json")]
-            target = keys[0] if args["target"] == "embedding" and keys else args["target"]
+            target = summary["embedding"]["key"] if args["target"] == "embedding" else args["target"]
             found.setdefault(target, []).append((summary["action_probe_nmse"], summary["leak_probe_r2"]))
     return found
 

@@ -55,6 +55,19 @@ def test_every_command_parses(source, least):
             pytest.fail(f"python {command}: {error}")
 
 
+def test_no_two_commands_want_the_same_run_folder():
+    """The quick start, the README's ablations and all of replicate.sh, one after the other, in one checkout."""
+    folders = {}
+    for source in ("README.md", "screen", "quick", "ablations", "encoders", "paper"):
+        for command in re.findall(r"python lam_vlm\.py[^`#&|;\n]*", read(source)):
+            args = lam_vlm.parse_args(shlex.split(re.split(r"\s{3,}", command.replace("...", ""))[0])[2:])
+            args.tasks = args.tasks or ("drawer-open",)
+            args.arm = args.arm or lam_vlm.default_arm(args, "none" if "clean" in args.data else "generated")
+            out = args.out or lam_vlm.default_out(args)
+            assert folders.setdefault(out, identity := lam_vlm.identity_of(args)) == identity, command
+    assert len(folders) > 400
+
+
 def test_the_three_scripts_in_a_row(tiny_data, tmp_path):
     """collect.py's data trains a policy that eval.py rolls out in the data's environment; two updates a stage will do."""
     (tmp_path / "data").mkdir()
@@ -67,7 +80,7 @@ def test_the_three_scripts_in_a_row(tiny_data, tmp_path):
         assert result.returncode == 0, result.stderr
     names = {path.name for path in (tmp_path / "results/tiny").iterdir()}
     assert names >= {"report.md", "scores.csv", "success.png", "strip.png"}
-    rows = (tmp_path / "runs/tiny_drawer-open_s0/rollouts.csv").read_text().splitlines()
+    rows = (tmp_path / "runs/tiny_drawer-open_s0_tiny/rollouts.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2, "a row for each label budget and episode"
 
 
