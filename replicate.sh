@@ -3,11 +3,12 @@
 #   bash replicate.sh screen           bc-all on MT10: the first three tasks that it solves in 80 % of 50 episodes are those of `quick`
 #   bash replicate.sh quick            the main figure at CPU scale: 3 tasks, 3 seeds, 2, 4 and 8 labelled episodes
 #   bash replicate.sh ablations        one-flag variants, most on drawer-open, 3 seeds, beside the runs of `quick`
-#   bash replicate.sh encoders         targets ranked by the probes of stage 1; ENCODERS="facebook/dinov2-base ..." adds pretrained ones
-#   bash replicate.sh paper            the arms of the main figure at the paper's scale (GPU; DAVIS is downloaded)
+#   bash replicate.sh encoders         targets ranked by the probes of stage 1
+#   bash replicate.sh paper            the arms of the main figure at the paper's scale, Molmo's among them (GPU; DAVIS is downloaded)
 #   bash replicate.sh quick --list     prints the commands instead, one a line, in order
 # What is finished is skipped, what was cut off goes on: run the same line again. JOBS cells train at a time, with one thread each (default: as
-# many as there are cores, one on a GPU); TASKS="push reach" picks other tasks.
+# many as there are cores, one on a GPU); TASKS="push reach" picks other tasks; ENCODERS="llava-hf/llava-1.5-7b-hf ..." adds pretrained encoders to
+# quick, paper (VLMs: best and blind prompt) and encoders (any), ENCODER_FLAGS="--trust-remote-code ..." goes with them.
 set -euo pipefail
 cd "$(dirname "$0")"
 scale=${1:-quick}
@@ -23,7 +24,8 @@ ablations) tasks=${TASKS:-door-open drawer-open drawer-close} budgets="2 8" ;; #
 encoders) tasks=${TASKS:-drawer-open} data=data/encoders ;;
 paper)
   tasks=${TASKS:-$mt10}
-  budgets="16 32" lam="python lam_vlm.py paper" data=data/paper ;;
+  budgets="16 32" lam="python lam_vlm.py paper" data=data/paper
+  ENCODERS=${ENCODERS-allenai/Molmo-7B-D-0924} ENCODER_FLAGS=${ENCODER_FLAGS---trust-remote-code} ;;
 esac
 preset=$([[ $scale == paper ]] && echo "paper " || true)
 
@@ -62,6 +64,12 @@ elif [[ $scale == ablations ]]; then
     cells+=("$cell $budgets --fdm-dropout 0 --arm fdm-sees-target")                 # the paper's FDM
     cells+=("$cell $budgets --fdm-dropout 0 --fdm-input pixels --arm fdm-sees-pixels")
     cells+=("$cell $budgets --target pixels")                                       # lapo, as in quick
+    cells+=("$cell $budgets --target pixels --fdm-dropout 0 --arm lapo-fdm-sees-frame") # LAPO's own FDM
+    for task in $tasks; do                                                          # its dropout, judged by the probes alone
+      for dropout in 0 0.5; do
+        cells+=("${cell/--tasks $on/--tasks $task} 2 --stages lam --target pixels --fdm-dropout $dropout --arm lapo-dropout$dropout")
+      done
+    done
     for amount in still 1clip 25area 50area; do                                     # amount of distraction
       cells+=("${cell/$data/$data-$amount} $budgets --arm lapo-oracle-$amount")
       cells+=("${cell/$data/$data-$amount} $budgets --target pixels --arm lapo-$amount")
@@ -74,6 +82,7 @@ elif [[ $scale == ablations ]]; then
   done
 else
   make_data+=("python collect.py ${preset}--tasks $tasks --videos none --encoder none --out $data-clean")
+  for id in ${ENCODERS:-}; do make_data+=("python collect.py ${preset}--tasks $tasks --encoder $id --prompt best blind ${ENCODER_FLAGS:-} --out $data"); done
   for seed in $seeds; do
     for task in $tasks; do
       cell="$lam --data $data --tasks $task --seed $seed --labelled-episodes"
@@ -87,6 +96,10 @@ else
       cells+=("${cell/$data/$data-clean} $budgets --target pixels") # lapo-clean-data: no distractors anywhere
       cells+=("$cell $budgets --encoder oracle_blind")             # control: a prompt that names nothing
       cells+=("$cell $budgets --target masked")                    # masklam
+      for id in ${ENCODERS:-}; do                                  # lapo-<encoder>, and its control
+        name=$(basename "$id" | tr -c 'A-Za-z0-9.\n' '-')
+        cells+=("$cell $budgets --encoder ${name}_best" "$cell $budgets --encoder ${name}_blind")
+      done
     done
   done
 fi

@@ -1,7 +1,7 @@
 """linear_lam.py: closed form against hand-made values, against training, in its limits; the bridge; bad input."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import torch
 from conftest import refusal, run_script
 from scipy.stats import spearmanr
 
+import lam_vlm
 from linear_lam import (
     TABLE,
     Args,
@@ -174,12 +175,14 @@ def test_linear_latents_find_the_largest_change():
 def test_bridge_on_a_real_data_set(tiny_data, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/tiny").symlink_to(tiny_data)
-    for target in ("pixels", "clean", "embedding"):
-        folder = tmp_path / "runs" / target
+    about = {"key": "oracle_best_L0_all_r1"}
+    for name, changes in {"pixels": {}, "clean": {}, "embedding": {}, "other": {"target": "clean", "lr": 1e-4}}.items():
+        folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        args = {"data": "data/tiny", "target": target, "encoder": "oracle_best", "lam_updates": 1000, "latent_dim": 16}
-        (folder / "args.json").write_text(json.dumps(args | {"fdm_dropout": 1.0, "frame_gap": 1}))
-        (folder / "summary.json").write_text(json.dumps({"stages": ["lam"], "action_probe_nmse": 0.5, "leak_probe_r2": 0.1 * len(target)}))
+        args = asdict(lam_vlm.QUICK) | {"data": "data/tiny", "target": name} | changes
+        (folder / "args.json").write_text(json.dumps(args))
+        probes = {"action_probe_nmse": 0.5, "leak_probe_r2": 0.1 * len(name)}
+        (folder / "summary.json").write_text(json.dumps({"stages": ["lam"], "embedding": about} | probes))
     result = run_script("linear_lam.py", "--data", "data/tiny", "--out", "results/linear", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = (tmp_path / "results/linear/bridge.csv").read_text().splitlines()
