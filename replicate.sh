@@ -39,6 +39,7 @@ if [[ $scale == ablations ]]; then
   on=$([[ " $tasks " == *" drawer-open "* ]] && echo drawer-open || echo "${tasks%% *}")
   make_data+=("python collect.py --tasks $on --video-step 0 --out $data-still" "python collect.py --tasks $on --clips 1 --out $data-1clip")
   for area in 25 50; do make_data+=("python collect.py --tasks $on --video-area 0.$area --out $data-${area}area"); done
+  make_data+=("python collect.py --tasks $tasks --videos none --encoder none --out $data-clean") # as in quick
   make_data+=("python collect.py --tasks ${tasks%% *} --camera-distance 0.6 --out $data-wide") # door-open, where LAPO does best
 fi
 if [[ $scale == encoders ]]; then
@@ -64,11 +65,8 @@ elif [[ $scale == ablations ]]; then
     cells+=("$cell $budgets --fdm-dropout 0 --arm fdm-sees-target")                 # the paper's FDM
     cells+=("$cell $budgets --fdm-dropout 0 --fdm-input pixels --arm fdm-sees-pixels")
     cells+=("$cell $budgets --target pixels")                                       # lapo, as in quick
-    cells+=("$cell $budgets --target pixels --fdm-dropout 0 --arm lapo-fdm-sees-frame") # LAPO's own FDM
-    for task in $tasks; do                                                          # its dropout, judged by the probes alone
-      for dropout in 0 0.5; do
-        cells+=("${cell/--tasks $on/--tasks $task} 2 --stages lam --target pixels --fdm-dropout $dropout --arm lapo-dropout$dropout")
-      done
+    for task in $tasks; do                                                          # LAPO's own FDM, on all tasks
+      cells+=("$lam --data $data --tasks $task --seed $seed --labelled-episodes 2 4 8 --target pixels --fdm-dropout 0 --arm lapo-fdm-sees-frame")
     done
     for amount in still 1clip 25area 50area; do                                     # amount of distraction
       cells+=("${cell/$data/$data-$amount} $budgets --arm lapo-oracle-$amount")
@@ -76,9 +74,16 @@ elif [[ $scale == ablations ]]; then
     done
     wide="$lam --data $data-wide --tasks ${tasks%% *} --seed $seed --labelled-episodes $budgets"
     cells+=("$wide --arm lapo-oracle-wide" "$wide --target pixels --arm lapo-wide") # a camera farther away: more background
+    cells+=("$wide --target pixels --fdm-dropout 0 --arm lapo-wide-fdm-sees-frame")
     for lr in 3e-4 3e-3; do                                                         # learning rates around 1e-3, judged by the probes alone
       cells+=("$cell 2 --stages lam --lr $lr --arm lapo-oracle-lr$lr" "$cell 2 --stages lam --lr $lr --target pixels --arm lapo-lr$lr")
     done
+  done
+  for task in $tasks; do # an FDM that sees the current frame in the other arms of quick, judged by the probes alone
+    cell="$lam --data $data --tasks $task --labelled-episodes 2 --stages lam --fdm-dropout 0"
+    cells+=("$cell --arm lapo-oracle-dropout0" "$cell --encoder oracle_blind --arm lapo-oracle-blind-dropout0")
+    cells+=("$cell --target clean --arm lapo-clean-target-dropout0" "$cell --target masked --arm masklam-dropout0")
+    cells+=("${cell/$data/$data-clean} --target pixels --arm lapo-clean-data-dropout0")
   done
 else
   make_data+=("python collect.py ${preset}--tasks $tasks --videos none --encoder none --out $data-clean")
