@@ -111,7 +111,7 @@ def what_is_trained(run: Run, monkeypatch) -> dict[str, tuple[nn.Module, Callabl
     """{stage: (module, make(rng) -> batch, loss_of(batch))} of each stage, without training."""
     caught = {}
 
-    def catch(run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable, probe=None) -> None:
+    def catch(run: Run, stage: str, module: nn.Module, updates: int, lr: float, make: Callable, loss_of: Callable, *_: Callable) -> None:
         caught[stage] = module, make, loss_of
 
     monkeypatch.setattr(lam_vlm, "train", catch)
@@ -314,6 +314,15 @@ def test_each_stage_leaves_the_earlier_ones_frozen(new_run):
     lam_vlm.train_decoder(run, policy, "2")
     assert same(weights(lam), lam_before) and same(weights(policy), policy_before)
     assert not any(parameter.requires_grad for module in (lam, policy) for parameter in module.parameters())
+
+
+def test_the_checkpoint_carries_the_scale_of_the_latents(new_run):
+    run = new_run()
+    lam = lam_vlm.train_lam(run)
+    saved = torch.load(run.folder / "lam.pt", weights_only=True)["module"]
+    with torch.no_grad():
+        scale = lam_vlm.encode(lam.idm, run.data, run.args, run.data.train).std()
+    assert same(saved, weights(lam)) and saved["latent_std"] != 1 and torch.isclose(saved["latent_std"], scale)
 
 
 @pytest.mark.parametrize("target", TARGETS)
