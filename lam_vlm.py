@@ -725,8 +725,6 @@ def train(
                     fail(f"{stage}: the loss is {mean} near update {done}; the last good checkpoint, if any, stays; try a lower --lr")
                 total.zero_()
                 bar.set_postfix(loss=f"{mean:.3g}")
-                if done == updates and finish is not None:
-                    finish()
                 row = {"loss": mean, "lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / (time.time() - begun)}
                 if probe is not None and (
                     done == updates or done % max(args.log_every, updates // 5 // args.log_every * args.log_every) == 0
@@ -736,6 +734,9 @@ def train(
                     module.train()
                     row |= probed
                 run.log(stage, done, row)
+                if done == updates and finish is not None:
+                    module.eval()
+                    finish()
                 if RANK == 0 and (done % (4 * args.log_every) == 0 or done == updates):
                     save(done)
     return probed

@@ -412,10 +412,10 @@ def trained_lams(data: str) -> dict[str, list[tuple[float, float]]]:
     """{target: (action_probe_nmse, leak_probe_r2) of every finished stage 1 in runs/}, on this data set and with default settings."""
     stage_1 = "method fdm_input latent_dim supervision frame_gap idm_horizon frame_stack widths res_blocks stem fdm_hidden".split()
     stage_1 += "fdm_dropout lam_updates batch_size lr weight_decay probe_fraction".split()
-    found = {}
+    quick, found = lam_vlm.identity_of(lam_vlm.QUICK), {}
     for path in sorted(Path("runs").glob("*/summary.json")):
         summary, args = lam_vlm.read_json(path), lam_vlm.read_json(path.with_name("args.json"))
-        default = all(args.get(key) == json.loads(json.dumps(getattr(lam_vlm.QUICK, key))) for key in stage_1)
+        default = all(args.get(key) == quick[key] for key in stage_1)
         if args["data"] == data and "lam" in summary["stages"] and default and args["target"] != "masked":
             target = summary["embedding"]["key"] if args["target"] == "embedding" else args["target"]
             found.setdefault(target, []).append((summary["action_probe_nmse"], summary["leak_probe_r2"]))

@@ -29,24 +29,23 @@ paper)
 esac
 preset=$([[ $scale == paper ]] && echo "paper " || true)
 
-make_data=("python collect.py ${preset}--tasks $tasks --prompt best blind --out $data")
+prompts=$([[ $scale == ablations || $scale == encoders ]] && echo "best positive arm object blind" || echo "best blind")
+
+make_data=("python collect.py ${preset}--tasks $tasks --prompt $prompts --out $data")
+make_clean="python collect.py ${preset}--tasks $tasks --videos none --encoder none --out $data-clean"
 cells=()
 if [[ $scale == ablations || $scale == encoders ]]; then
-  make_data=("python collect.py --tasks $tasks --prompt best positive arm object blind --out $data")
   for kept in 0.05 0.1 0.2 0.5 1; do make_data+=("python collect.py --tasks $tasks --background-kept $kept --out $data"); done
 fi
 if [[ $scale == ablations ]]; then
   on=$([[ " $tasks " == *" drawer-open "* ]] && echo drawer-open || echo "${tasks%% *}")
   make_data+=("python collect.py --tasks $on --video-step 0 --out $data-still" "python collect.py --tasks $on --clips 1 --out $data-1clip")
   for area in 25 50; do make_data+=("python collect.py --tasks $on --video-area 0.$area --out $data-${area}area"); done
-  make_data+=("python collect.py --tasks $tasks --videos none --encoder none --out $data-clean") # as in quick
+  make_data+=("$make_clean")
   make_data+=("python collect.py --tasks ${tasks%% *} --camera-distance 0.6 --out $data-wide") # door-open, where LAPO does best
 fi
 if [[ $scale == encoders ]]; then
   make_data+=("python collect.py --tasks $tasks --encoder random --layers -1 -7 --pools cls mean --out $data") # a floor: weights never trained
-  for id in ${ENCODERS:-}; do
-    make_data+=("python collect.py --tasks $tasks --encoder $id --prompt best positive arm object blind ${ENCODER_FLAGS:-} --out $data")
-  done
 elif [[ $scale == screen ]]; then
   make_data=("python collect.py --tasks $tasks --encoder none --out $data")
   for task in $tasks; do cells+=("$lam --data $data --tasks $task --labelled-episodes all --method bc --out runs/screen_$task"); done
@@ -86,8 +85,7 @@ elif [[ $scale == ablations ]]; then
     cells+=("${cell/$data/$data-clean} --target pixels --arm lapo-clean-data-dropout0")
   done
 else
-  make_data+=("python collect.py ${preset}--tasks $tasks --videos none --encoder none --out $data-clean")
-  for id in ${ENCODERS:-}; do make_data+=("python collect.py ${preset}--tasks $tasks --encoder $id --prompt best blind ${ENCODER_FLAGS:-} --out $data"); done
+  make_data+=("$make_clean")
   for seed in $seeds; do
     for task in $tasks; do
       cell="$lam --data $data --tasks $task --seed $seed --labelled-episodes"
@@ -102,10 +100,16 @@ else
       cells+=("$cell $budgets --encoder oracle_blind")             # control: a prompt that names nothing
       cells+=("$cell $budgets --target masked")                    # masklam
       for id in ${ENCODERS:-}; do                                  # lapo-<encoder>, and its control
-        name=$(basename "$id" | tr -c 'A-Za-z0-9.\n' '-')
+        name=$(basename "$id" | tr -cs 'A-Za-z0-9.\n' '-')
         cells+=("$cell $budgets --encoder ${name}_best" "$cell $budgets --encoder ${name}_blind")
       done
     done
+  done
+fi
+
+if [[ $scale =~ ^(quick|encoders|paper)$ ]]; then
+  for id in ${ENCODERS:-}; do
+    make_data+=("python collect.py ${preset}--tasks $tasks --encoder $id --prompt $prompts ${ENCODER_FLAGS:-} --out $data")
   done
 fi
 

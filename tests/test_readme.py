@@ -26,6 +26,12 @@ def read(source: str) -> str:
     return subprocess.run(["bash", "replicate.sh", source, "--list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def commands(source: str, scripts: str = "collect|lam_vlm|eval|linear_lam") -> list[list[str]]:
+    """[script, *arguments] of each command; one ends at a back-quote, a comment, &&, or the column of explanations."""
+    found = re.findall(rf"python ((?:{scripts})\.py[^`#&|;\n]*)", read(source))
+    return [shlex.split(re.split(r"\s{3,}", command)[0].replace("...", "")) for command in found]
+
+
 @pytest.mark.parametrize(
     "source, least",
     [
@@ -41,30 +47,25 @@ def read(source: str) -> str:
     ],
 )
 def test_every_command_parses(source, least):
-    """A command ends at a back-quote, a comment, &&, or the column of explanations."""
-    found = [
-        re.split(r"\s{3,}", command)[0]
-        for command in re.findall(r"python ((?:collect|lam_vlm|eval|linear_lam)\.py[^`#&|;\n]*)", read(source))
-    ]
+    found = commands(source)
     assert len(found) >= least, found
-    for command in found:
-        script, *arguments = shlex.split(command.replace("...", ""))
+    for script, *arguments in found:
         try:
             PARSERS[script](arguments + ["--device", "cpu"] * (script == "eval.py"))
         except SystemExit as error:
-            pytest.fail(f"python {command}: {error}")
+            pytest.fail(f"python {shlex.join([script, *arguments])}: {error}")
 
 
 def test_no_two_commands_want_the_same_run_folder():
     """The quick start, the README's ablations and all of replicate.sh, one after the other, in one checkout."""
     folders = {}
     for source in ("README.md", "screen", "quick", "ablations", "encoders", "paper"):
-        for command in re.findall(r"python lam_vlm\.py[^`#&|;\n]*", read(source)):
-            args = lam_vlm.parse_args(shlex.split(re.split(r"\s{3,}", command.replace("...", ""))[0])[2:])
+        for _, *arguments in commands(source, "lam_vlm"):
+            args = lam_vlm.parse_args(arguments)
             args.tasks = args.tasks or ("drawer-open",)
             args.arm = args.arm or lam_vlm.default_arm(args, "none" if "clean" in args.data else "generated")
             out = args.out or lam_vlm.default_out(args)
-            assert folders.setdefault(out, identity := lam_vlm.identity_of(args)) == identity, command
+            assert folders.setdefault(out, identity := lam_vlm.identity_of(args)) == identity, arguments
     assert len(folders) > 400
 
 
