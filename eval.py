@@ -27,7 +27,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -574,7 +574,11 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     lams = [run for run in runs if run["policy"] and run.get("leak_probe_r2") is not None]
     if len(lams) < 2:
         return
-    budgets, handles = sorted({budget for run in lams for budget in run["labelled_episodes"]}, key=budget_order), {}
+    methods, handles = defaultdict(set), {}
+    for run in lams:
+        for budget in run["labelled_episodes"]:
+            methods[budget].add(run["arm"])
+    budgets = sorted([b for b in methods if len(methods[b]) > 1] or methods, key=budget_order)  # one method alone shows no relation
     figure, panels = plt.subplots(1, len(budgets), figsize=(1 + 3.2 * len(budgets), 3.2), sharey=True, squeeze=False)
     for axes, budget in zip(panels[0], budgets, strict=True):
         for run in (run for run in lams if budget in run["labelled_episodes"]):
@@ -603,7 +607,8 @@ def draw_tolerance(table: list[dict], runs: list[dict], path: Path) -> None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     place = {alpha: x for x, alpha in enumerate(sorted(set(kept.values())))}  # even steps: the fractions span decades
-    budgets = sorted({e["labelled"] for e in table if e["method"] in kept}, key=budget_order)
+    fractions = Counter(e["labelled"] for e in table if e["method"] in kept)
+    budgets = sorted((budget for budget in fractions if fractions[budget] > 1), key=budget_order)  # no curves of one point
     for i, budget in enumerate(budgets):
         mine = sorted((e for e in table if e["method"] in kept and e["labelled"] == budget), key=lambda e: kept[e["method"]])
         x = [place[kept[e["method"]]] + 0.06 * (i - (len(budgets) - 1) / 2) for e in mine]

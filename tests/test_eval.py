@@ -588,13 +588,15 @@ def test_tolerance_curve(lab, monkeypatch):
     """Success, NMSE and leak over the fraction kept, from 0 (the oracle itself) on; other arms of the same target do not count."""
     about = {"prompt": "best", "layer": 0, "pool": "all"}
     for kept, nmse in (("", 0.4), ("-a0.05", 0.5), ("-a0.5", 0.9)):
-        make_run(f"lapo-oracle{kept}", embedding=about | {"encoder": f"oracle{kept}"}, action_probe_nmse=nmse, leak_probe_r2=nmse / 2)
+        about["encoder"], budgets = f"oracle{kept}", ("2",) if kept else ("2", "16")  # what one method alone has makes no curve, no panel
+        make_run(f"lapo-oracle{kept}", labelled=budgets, embedding=dict(about), action_probe_nmse=nmse, leak_probe_r2=nmse / 2)
     make_run("z4", embedding=about | {"encoder": "oracle"}, action_probe_nmse=1.0, leak_probe_r2=1.0)
     drawn = {}
     monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
     evaluate()
     left, right = drawn["tolerance.png"].axes
     assert [label.get_text() for label in left.get_xticklabels()] == ["0", "0.05", "0.5"]
+    assert [panel.get_title() for panel in drawn["leak_vs_success.png"].axes] == ["2 labelled episodes"]
     assert [line.get_label() for line in left.lines] == ["2 labelled"] and len(left.lines[0].get_ydata()) == 3
     assert {line.get_label(): list(line.get_ydata()) for line in right.lines} == {
         "action probe NMSE": [0.4, 0.5, 0.9],
