@@ -28,7 +28,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -521,6 +521,12 @@ def look(table: list[dict], method: str) -> dict[str, str]:
     return {"color": COLOURS[place % 8], "marker": MARKERS[(place + place // 8) % 8]}
 
 
+def shared_budgets(table: list[dict], methods: Collection[str]) -> list[str]:
+    """Label budgets that more than one of these methods has: one alone makes no curve and shows no relation."""
+    count = Counter(e["labelled"] for e in table if e["method"] in methods)  # the table has a row for each method and budget
+    return sorted((budget for budget in count if count[budget] > 1), key=budget_order)
+
+
 def save_figure(figure: plt.Figure, path: Path) -> None:
     png = io.BytesIO()
     figure.savefig(png, dpi=150, bbox_inches="tight", format="png")
@@ -574,11 +580,8 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     lams = [run for run in runs if run["policy"] and run.get("leak_probe_r2") is not None]
     if len(lams) < 2:
         return
-    methods, handles = defaultdict(set), {}
-    for run in lams:
-        for budget in run["labelled_episodes"]:
-            methods[budget].add(run["arm"])
-    budgets = sorted([b for b in methods if len(methods[b]) > 1] or methods, key=budget_order)  # one method alone shows no relation
+    budgets, handles = shared_budgets(table, {run["arm"] for run in lams}), {}
+    budgets = budgets or sorted({budget for run in lams for budget in run["labelled_episodes"]}, key=budget_order)
     figure, panels = plt.subplots(1, len(budgets), figsize=(1 + 3.2 * len(budgets), 3.2), sharey=True, squeeze=False)
     for axes, budget in zip(panels[0], budgets, strict=True):
         for run in (run for run in lams if budget in run["labelled_episodes"]):
@@ -607,8 +610,7 @@ def draw_tolerance(table: list[dict], runs: list[dict], path: Path) -> None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     place = {alpha: x for x, alpha in enumerate(sorted(set(kept.values())))}  # even steps: the fractions span decades
-    fractions = Counter(e["labelled"] for e in table if e["method"] in kept)
-    budgets = sorted((budget for budget in fractions if fractions[budget] > 1), key=budget_order)  # no curves of one point
+    budgets = shared_budgets(table, kept)
     for i, budget in enumerate(budgets):
         mine = sorted((e for e in table if e["method"] in kept and e["labelled"] == budget), key=lambda e: kept[e["method"]])
         x = [place[kept[e["method"]]] + 0.06 * (i - (len(budgets) - 1) / 2) for e in mine]

@@ -588,8 +588,9 @@ def test_tolerance_curve(lab, monkeypatch):
     """Success, NMSE and leak over the fraction kept, from 0 (the oracle itself) on; other arms of the same target do not count."""
     about = {"prompt": "best", "layer": 0, "pool": "all"}
     for kept, nmse in (("", 0.4), ("-a0.05", 0.5), ("-a0.5", 0.9)):
-        about["encoder"], budgets = f"oracle{kept}", ("2",) if kept else ("2", "16")  # what one method alone has makes no curve, no panel
-        make_run(f"lapo-oracle{kept}", labelled=budgets, embedding=dict(about), action_probe_nmse=nmse, leak_probe_r2=nmse / 2)
+        budgets = ("2",) if kept else ("2", "16")  # what one method alone has makes no curve, no panel
+        target = about | {"encoder": f"oracle{kept}"}
+        make_run(f"lapo-oracle{kept}", labelled=budgets, embedding=target, action_probe_nmse=nmse, leak_probe_r2=nmse / 2)
     make_run("z4", embedding=about | {"encoder": "oracle"}, action_probe_nmse=1.0, leak_probe_r2=1.0)
     drawn = {}
     monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
