@@ -64,8 +64,9 @@ elif [[ $scale == ablations ]]; then
     cells+=("$cell $budgets --fdm-dropout 0 --arm fdm-sees-target")                 # the paper's FDM
     cells+=("$cell $budgets --fdm-dropout 0 --fdm-input pixels --arm fdm-sees-pixels")
     cells+=("$cell $budgets --target pixels")                                       # lapo, as in quick
-    for task in $tasks; do                                                          # LAPO's own FDM, on all tasks
-      cells+=("$lam --data $data --tasks $task --seed $seed --labelled-episodes 2 4 8 --target pixels --fdm-dropout 0 --arm lapo-fdm-sees-frame")
+    for task in $tasks; do                                                          # LAPO's own FDM, on all tasks, also for the yardstick
+      own="--tasks $task --seed $seed --labelled-episodes 2 4 8 --target pixels --fdm-dropout 0"
+      cells+=("$lam --data $data $own --arm lapo-fdm-sees-frame" "$lam --data $data-clean $own --arm lapo-clean-data-fdm-sees-frame")
     done
     for amount in still 1clip 25area 50area; do                                     # amount of distraction
       cells+=("${cell/$data/$data-$amount} $budgets --arm lapo-oracle-$amount")
@@ -82,7 +83,6 @@ elif [[ $scale == ablations ]]; then
     cell="$lam --data $data --tasks $task --labelled-episodes 2 --stages lam --fdm-dropout 0"
     cells+=("$cell --arm lapo-oracle-dropout0" "$cell --encoder oracle_blind --arm lapo-oracle-blind-dropout0")
     cells+=("$cell --target clean --arm lapo-clean-target-dropout0" "$cell --target masked --arm masklam-dropout0")
-    cells+=("${cell/$data/$data-clean} --target pixels --arm lapo-clean-data-dropout0")
   done
 else
   make_data+=("$make_clean")
