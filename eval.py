@@ -522,9 +522,9 @@ def look(table: list[dict], method: str) -> dict[str, str]:
 
 
 def shared_budgets(table: list[dict], methods: Collection[str]) -> list[str]:
-    """Label budgets that more than one of these methods has: one alone makes no curve and shows no relation."""
+    """Label budgets that several of these methods have, for one alone makes no curve and shows no relation; all, if none is shared."""
     count = Counter(e["labelled"] for e in table if e["method"] in methods)  # the table has a row for each method and budget
-    return sorted((budget for budget in count if count[budget] > 1), key=budget_order)
+    return sorted([budget for budget in count if count[budget] > 1] or count, key=budget_order)
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -577,11 +577,11 @@ def draw_success(table: list[dict], path: Path) -> None:
 @plt.rc_context(STYLE)
 def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Path) -> None:
     """How much of the background a run's latents explain, against its success; a panel for each label budget."""
-    lams = [run for run in runs if run["policy"] and run.get("leak_probe_r2") is not None]
+    shown = {e["method"] for e in table}  # not all: --labelled leaves some out, and so does a seed that the tasks do not share
+    lams = [run for run in runs if run["policy"] and run["arm"] in shown and run.get("leak_probe_r2") is not None]
     if len(lams) < 2:
         return
     budgets, handles = shared_budgets(table, {run["arm"] for run in lams}), {}
-    budgets = budgets or sorted({budget for run in lams for budget in run["labelled_episodes"]}, key=budget_order)
     figure, panels = plt.subplots(1, len(budgets), figsize=(1 + 3.2 * len(budgets), 3.2), sharey=True, squeeze=False)
     for axes, budget in zip(panels[0], budgets, strict=True):
         for run in (run for run in lams if budget in run["labelled_episodes"]):
@@ -599,12 +599,12 @@ def draw_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
 @plt.rc_context(STYLE)
 def draw_tolerance(table: list[dict], runs: list[dict], path: Path) -> None:
     """How clean a target must be: success and probes against the fraction of the background that the oracle's best prompt lets through."""
-    kept = {}
+    kept, shown = {}, {e["method"] for e in table}
     for run in runs:
         about = run.get("embedding") or {}
         name, _, alpha = str(about.get("encoder")).partition("-a")
         default_arm = run["arm"] == f"lapo-{about.get('encoder')}"  # other arms of the same target vary something else
-        if name == "oracle" and about.get("prompt") == "best" and run["policy"] and default_arm:
+        if name == "oracle" and about.get("prompt") == "best" and run["arm"] in shown and default_arm:
             kept.setdefault(run["arm"], float(alpha or 0))
     if len(set(kept.values())) < 3:
         return

@@ -605,6 +605,27 @@ def test_tolerance_curve(lab, monkeypatch):
     }
 
 
+def test_figures_show_what_the_table_has(lab, monkeypatch):
+    """No figure needs a method that the table leaves out, or a label budget that several methods share."""
+    about = {"prompt": "best", "layer": 0, "pool": "all"}
+    for kept, budget in (("", "2"), ("-a0.05", "8"), ("-a0.5", "16")):
+        target = about | {"encoder": f"oracle{kept}"}
+        make_run(f"lapo-oracle{kept}", labelled=(budget,), embedding=target, action_probe_nmse=0.5, leak_probe_r2=0.1)
+    for seed, task in enumerate(("reach", "push")):
+        make_run("other", seed, tasks=(task,), leak_probe_r2=0.2)  # no seed has both tasks
+    make_run("bc", labelled=("all",), stages=("bc",))
+    drawn = {}
+    monkeypatch.setattr(ev, "save_figure", lambda figure, path: drawn.update({path.name: figure}))
+    evaluate(media=0)
+    assert [panel.get_title() for panel in drawn["leak_vs_success.png"].axes] == [f"{n} labelled episodes" for n in (2, 8, 16)]
+    assert [line.get_label() for line in drawn["tolerance.png"].axes[0].lines] == [f"{n} labelled" for n in (2, 8, 16)]
+    assert "lapo-oracle-a0.5" in (names := [text.get_text() for text in drawn["leak_vs_success.png"].axes[-1].get_legend().get_texts()])
+    assert "other" not in names
+    drawn.clear()
+    evaluate(media=0, labelled=("all",))
+    assert "success.png" in drawn and not {"leak_vs_success.png", "tolerance.png"} & set(drawn)
+
+
 def test_many_methods_get_a_row_each(lab, monkeypatch):
     for i in range(len(ev.COLOURS) + 1):
         make_run("lapo-clean" if i == 4 else f"arm{i}", labelled=("2", "16"))  # lapo-clean alone is perfect, with 16
