@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, scripts run as a user runs them, and a tiny data set made by the real collect.py."""
+"""Shared by all tests: one thread, scripts run as a user runs them, a tiny data set made by collect.py."""
 
 import hashlib
 import os
@@ -11,20 +11,22 @@ from pathlib import Path
 
 import pytest
 
-for variable in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):  # torch and software rendering: several threads make small work slower
+for variable in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):  # several threads make small work slower
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for a model
 
-import collect  # noqa: E402, F401  picks MUJOCO_GL, which the processes started below inherit
+import common.distracting_metaworld  # noqa: E402, F401  picks MUJOCO_GL for the processes started below
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = "--episodes-per-task 5 --shard-episodes 2 --size 32 --seed 0 --camera corner --max-steps 200 --after-success 5 --noise 0".split()
+TINY = "--episodes-per-task 5 --shard-episodes 2 --size 32 --seed 0 --camera corner --max-steps 200".split()
 
 
 def start_script(script: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.Popen:
     """Starts `python <script> <arguments>` in the folder `cwd`."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run_script(script: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
@@ -45,12 +47,12 @@ def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
 
 
 def refusal(result: subprocess.CompletedProcess) -> str:
-    """The one line with which a script refuses its input; checks exit status 1, that it is one line, and that it ends stderr."""
+    """The line with which a script refuses its input: it ends stderr, with exit status 1 and no traceback."""
     script = Path(result.args[1]).name
     lines = result.stderr.splitlines()
     assert result.returncode == 1, (result.returncode, result.stderr)
-    assert [line.startswith(f"{script}: ") for line in lines].count(True) == 1 and lines[-1].startswith(f"{script}: "), result.stderr
-    assert "Traceback" not in result.stderr
+    own = [line for line in lines if line.startswith(f"{script}: ")]
+    assert len(own) == 1 and lines[-1] == own[0] and "Traceback" not in result.stderr, result.stderr
     return lines[-1]
 
 
@@ -62,8 +64,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """drawer-open, 5 episodes of 32 px in 3 shards, embeddings under the prompts best and blind. Tests that change it take a copy."""
+    """drawer-open, 5 episodes of 32 px in 3 shards, prompts best and blind. Tests change copies of it."""
     folder = tmp_path_factory.mktemp("tiny")
-    made = run_script("collect.py", *TINY, "--workers", 1, "--prompt", "best", "blind", "--out", "data/tiny", cwd=folder)
+    prompts = "--workers", 1, "--prompt", "best", "blind"
+    made = run_script("collect.py", *TINY, *prompts, "--out", "data/tiny", cwd=folder)
     assert made.returncode == 0, made.stderr
     return folder / "data" / "tiny"

@@ -1,113 +1,248 @@
-"""The commands of the README, of the scripts' docstrings and of replicate.sh: each one parses, and the three scripts fit together."""
+"""Every command of README.md, of docs/, of the scripts' docstrings and of replicate.sh.
 
+What needs no pretrained model, no download and no GPU is run, cut to its smallest size, in one folder and in
+the order of the pages, as a reader would do it. The rest is parsed by its script's own parser.
+"""
+
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
+from PIL import Image
 
 import collect
-import eval as ev
+import eval as evaluate
+import import_videos
 import lam_vlm
 import linear_lam
 
-PARSERS = {"collect.py": collect.parse_args, "lam_vlm.py": lam_vlm.parse_args, "eval.py": ev.parse, "linear_lam.py": linear_lam.parse_args}
+SCRIPTS = {
+    "collect.py": collect,
+    "import_videos.py": import_videos,
+    "lam_vlm.py": lam_vlm,
+    "eval.py": evaluate,
+    "linear_lam.py": linear_lam,
+}
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+SCALES = ("near", "main", "ablations", "encoders", "screen", "mt10", "paper")
+CUT = {
+    "collect.py": "--episodes-per-task 3 --shard-episodes 3 --size 32 --workers 1",
+    "import_videos.py": "--size 32",
+    "lam_vlm.py": "--lam-updates 2 --bc-updates 2 --decoder-updates 2 --batch-size 4 --widths 8 16",
+    "eval.py": "--episodes 1 --envs 1 --workers 1 --media 1",
+    "linear_lam.py": "--updates 5 --restarts 1",
+}
+# what a command that is only parsed needs: a GPU's hours, several processes, weights, a download, other runs
+NEEDS = ("paper", "torchrun", "KEY", "davis", "runs/", "/work", "user/name", "lerobot")
+NEEDS += ("allenai", "Molmo", "llava", "SmolVLM", "facebook", "openai", "google", "Qwen", "--help")
 
 
-def read(source: str) -> str:
-    """Text of README.md, docstring of a script, or the commands that replicate.sh lists for a scale."""
-    if source == "README.md":
-        return (ROOT / source).read_text()
-    if source in PARSERS:
-        return {"collect.py": collect, "lam_vlm.py": lam_vlm, "eval.py": ev, "linear_lam.py": linear_lam}[source].__doc__
-    return subprocess.run(["bash", "replicate.sh", source, "--list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def commands(text: str) -> list[list[str]]:
+    """The words of each command in a page: in fenced or indented blocks, and between back-quotes."""
+    fenced = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"^    (.*)", prose, re.MULTILINE)
+    lines += [span.replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose)]
+    found = []
+    for line in lines:
+        line = re.split(r"\s#|\s{2,}", line.strip())[0]  # a comment, or a column of explanations
+        for command in line.split("&&"):
+            if re.match(r"\s*(python|torchrun|bash) \S+", command):
+                command = re.sub(r"<[^>]+>", "KEY", command.replace("...", ""))
+                found.append(shlex.split(command))
+    return found
 
 
-def commands(source: str, scripts: str = "collect|lam_vlm|eval|linear_lam") -> list[list[str]]:
-    """[script, *arguments] of each command; one ends at a back-quote, a comment, &&, or the column of explanations."""
-    found = re.findall(rf"python ((?:{scripts})\.py[^`#&|;\n]*)", read(source))
-    return [shlex.split(re.split(r"\s{3,}", command)[0].replace("...", "")) for command in found]
+def script_and_flags(words: list[str]) -> tuple[str | None, list[str]]:
+    """("lam_vlm.py", [flags]) of a command with one of our scripts, also under torchrun; else (None, [])."""
+    for place, word in enumerate(words):
+        if word in SCRIPTS:
+            return word, words[place + 1 :]
+    return None, []
 
 
-@pytest.mark.parametrize(
-    "source, least",
-    [
-        ("README.md", 10),
-        ("collect.py", 4),
-        ("lam_vlm.py", 6),
-        ("eval.py", 3),
-        ("linear_lam.py", 4),
-        ("quick", 90),
-        ("ablations", 50),
-        ("encoders", 9),
-        ("paper", 200),
-    ],
-)
-def test_every_command_parses(source, least):
-    found = commands(source)
-    assert len(found) >= least, found
-    for script, *arguments in found:
+def parse(script: str, flags: list[str]) -> object:
+    """What the script's own parser makes of them; an unknown flag or value fails the test."""
+    if "--help" in flags:
+        return None
+    if script == "eval.py":
+        flags = [*flags, "--device", "cpu"]
+    try:
+        return SCRIPTS[script].parse_args(flags)
+    except SystemExit as error:
+        pytest.fail(f"python {shlex.join([script, *flags])}: {error}")
+
+
+def cut(script: str, flags: list[str]) -> list[str]:
+    """The same command at its smallest size: of a flag that is given twice, the last value counts."""
+    flags = flags + CUT[script].split()
+    if script == "lam_vlm.py" and "all" not in flags:
+        flags += ["--labelled-episodes", "1"]  # of the two that the small data sets have
+    if script == "eval.py" and "--labelled" in flags:
+        flags += ["--labelled", "1"]
+    if script == "linear_lam.py" and linear_lam.asks_for_study(flags[: -len(CUT[script].split())]):
+        flags = ["--quick"]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """The folder in which all pages' commands run. It has the folder of clips of own_videos.md."""
+    folder = tmp_path_factory.mktemp("reader")
+    rng = np.random.default_rng(0)
+    for clip in range(4):
+        frames = folder / f"my_clips/clip_{clip}"
+        frames.mkdir(parents=True)
+        for number in range(12):
+            picture = rng.integers(0, 256, (48, 64, 3), np.uint8)
+            Image.fromarray(picture).save(frames / f"{number:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_a_page(page, workspace, monkeypatch):
+    """The quick start first, whatever page is read: the others build on it."""
+    monkeypatch.chdir(workspace)
+    done = workspace / "done.txt"
+    done.touch()
+    found = commands((ROOT / "README.md").read_text())[:6] + commands((ROOT / page).read_text())
+    for words in found:
+        script, flags = script_and_flags(words)
+        if script is None:
+            continue
+        parse(script, flags)
+        if any(word in shlex.join(words) for word in NEEDS):
+            continue
+        flags = cut(script, flags)
+        line = shlex.join([script, *flags])
+        if line in done.read_text().splitlines():
+            continue
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        module = SCRIPTS[script]
         try:
-            PARSERS[script](arguments + ["--device", "cpu"] * (script == "eval.py"))
+            module.main(flags if module is linear_lam else module.parse_args(flags))
         except SystemExit as error:
-            pytest.fail(f"python {shlex.join([script, *arguments])}: {error}")
+            pytest.fail(f"python {line}\n{error}")
+        if script != "eval.py":  # which takes the runs that there are
+            done.write_text(done.read_text() + line + "\n")
+    if page == "README.md":
+        names = {path.name for path in (workspace / "results/quick").iterdir()}
+        assert names >= {"report.md", "scores.csv", "success.png", "strip.png"}
+        rows = (workspace / "runs/lapo-oracle_drawer-open_s0/rollouts.csv").read_text().splitlines()
+        assert len(rows) == 2, "a header, and a row for the label budget and episode"
+        assert len(list((workspace / "runs").glob("*/summary.json"))) >= 5, "the five ablations"
 
 
-def test_no_two_commands_want_the_same_run_folder():
-    """The quick start, the README's ablations and all of replicate.sh, one after the other, in one checkout."""
-    folders = {}
-    for source in ("README.md", "screen", "quick", "ablations", "encoders", "paper"):
-        for _, *arguments in commands(source, "lam_vlm"):
-            args = lam_vlm.parse_args(arguments)
-            args.tasks = args.tasks or ("drawer-open",)
-            args.arm = args.arm or lam_vlm.default_arm(args, "none" if "clean" in args.data else "generated")
-            out = args.out or lam_vlm.default_out(args)
-            assert folders.setdefault(out, identity := lam_vlm.identity_of(args)) == identity, arguments
-    assert len(folders) > 400
+def test_pages_name_scales_files_and_pages_that_are_there():
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        for words in commands(text):
+            if words[:2] == ["bash", "replicate.sh"] and words[2] != "SCALE":
+                assert words[2] in SCALES, f"{page}: {shlex.join(words)}"
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            if not link.startswith("http"):
+                assert ((ROOT / page).parent / link).exists(), f"{page} links to {link}"
 
 
-def test_the_three_scripts_in_a_row(tiny_data, tmp_path):
-    """collect.py's data trains a policy that eval.py rolls out in the data's environment; two updates a stage will do."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/tiny").symlink_to(tiny_data)
-    flags = (
-        "--data data/tiny --lam-updates 2 --bc-updates 2 --decoder-updates 2 --widths 8 16 --labelled-episodes 1 2 --device cpu --arm tiny"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_of_a_docstring_parse(script):
+    found = [script_and_flags(words) for words in commands(SCRIPTS[script].__doc__)]
+    assert len(found) >= 3
+    for name, flags in found:
+        parse(name, flags)
+
+
+def listed(scale: str, **environ: str) -> list[list[str]]:
+    command = ["bash", "replicate.sh", scale, "--list"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, check=True
     )
-    for command in (f"lam_vlm.py {flags}", "eval.py --episodes 2 --envs 2 --workers 1 --media 1 --out results/tiny"):
-        result = run_script(*command.split(), cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    names = {path.name for path in (tmp_path / "results/tiny").iterdir()}
-    assert names >= {"report.md", "scores.csv", "success.png", "strip.png"}
-    rows = (tmp_path / "runs/tiny_drawer-open_s0_tiny/rollouts.csv").read_text().splitlines()
-    assert len(rows) == 1 + 2 * 2, "a row for each label budget and episode"
+    return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
-def test_replicate_goes_on_after_a_failed_cell(tmp_path):
-    """With a python that only writes down its arguments, and fails once: all other cells run, the exit status is 1, then all is well."""
-    (tmp_path / "bin").mkdir()
-    stub = f"""#!/usr/bin/env bash
-[[ $1 == -c || $1 == - ]] && exec {sys.executable} "$@"
+@pytest.mark.parametrize("scale, least", zip(SCALES, (108, 216, 120, 34, 9, 30, 390)))
+def test_replicate_lists_commands_that_parse(scale, least):
+    """All folders differ. Commands that differ in seed, task or folder alone are parsed once."""
+    kinds, folders = {}, []
+    for _, script, *flags in listed(scale, ENCODERS="llava-hf/llava-1.5-7b-hf", ENCODER_FLAGS=""):
+        if script == "lam_vlm.py":
+            folders.append(flags[-1])
+            assert flags[-2] == "--out" and flags[-1].startswith(f"runs/{scale}/")
+        kind = re.sub(r"--(seed|tasks|out) \S+", "", " ".join(flags))
+        kinds[script, kind] = flags
+    assert len(folders) == len(set(folders)) >= least
+    assert {"collect.py", "lam_vlm.py", "eval.py"} == {script for script, _ in kinds}
+    for (script, _), flags in kinds.items():
+        parse(script, flags)
+
+
+STUB = """#!/usr/bin/env bash
+# a python that writes down its arguments, leaves what the scripts leave, and fails once
 echo "$*" >> log
-if [[ "$*" == *"--target masked"* && ! -e failed ]]; then touch failed; echo "lam_vlm.py: no luck" >&2; exit 1; fi
-echo "runs/x: made"
+if [[ "$*" == *"--target masked"* && ! -e failed ]]; then
+  touch failed; echo "lam_vlm.py: no luck" >&2; exit 1
+fi
+for word in "$@"; do
+  if [[ $before == --out && $1 == lam_vlm.py ]]; then
+    mkdir -p "$word"; echo {} | tee "$word"/{args,summary}.json
+  fi
+  if [[ $before == --runs && $* == *--workers* ]]; then echo row > "$word/rollouts.csv"; fi
+  before=$word
+done
 """
-    (tmp_path / "bin/python").write_text(stub)
+
+
+def test_replicate_goes_on_after_a_failure_and_on_another_machine(tmp_path):
+    """A failed run is named, the others are done, there is no table. The same line then does the rest."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(STUB)
     (tmp_path / "bin/python").chmod(0o755)
-    (tmp_path / "replicate.sh").write_text((ROOT / "replicate.sh").read_text())
-    environ = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "TASKS": "reach", "JOBS": "2", "VIRTUAL_ENV": "one"}
-    command = ["bash", "replicate.sh", "quick"]
-    first = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert first.returncode == 1 and first.stderr.count("FAILED") == 1 and "no luck" in first.stderr
-    assert len(lines) == 2 + 3 * 10 and not any("eval.py" in line for line in lines), "two data sets, ten cells a seed, no evaluation"
-    second = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    assert "[30/30, 0 min, about 0 min to go] runs/x: made" in second.stdout
-    listed = subprocess.run([*command, "--list"], cwd=tmp_path, env=environ, capture_output=True, text=True).stdout.splitlines()
-    again = (tmp_path / "log").read_text().splitlines()[len(lines) :]
-    assert sorted(f"python {line}" for line in again[:-1]) == sorted(listed[:-1]) and again[-1].startswith("eval.py --out results/quick")
-    wrong = subprocess.run(["bash", "replicate.sh", "large"], cwd=tmp_path, env=environ, capture_output=True, text=True)
-    assert wrong.returncode == 1 and "unknown scale 'large'" in wrong.stderr
+    shutil.copy(ROOT / "replicate.sh", tmp_path)
+    environ = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environ |= {"TASKS": "door-open", "SEEDS": "0 1", "JOBS": "2"}
+
+    def replicate(scale: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        log = tmp_path / "log"
+        log.write_text("")
+        command = ["bash", "replicate.sh", scale]
+        result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        return result, log.read_text().splitlines()
+
+    result, lines = replicate("near")
+    runs = 2 * 12
+    assert result.returncode == 1
+    assert result.stderr.count("FAILED: masklam_door-open_s") == 1 and "lam_vlm.py: no luck" in result.stderr
+    assert len([line for line in lines if line.startswith("lam_vlm.py")]) == runs
+    assert len([line for line in lines if line.startswith("eval.py")]) == runs - 1, "no table yet"
+    kept = [path.name for path in tmp_path.glob("results/near/runs/*/*")]
+    assert sorted(kept) == sorted(["args.json", "rollouts.csv", "summary.json"] * (runs - 1))
+
+    result, lines = replicate("near")
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in lines] == ["collect.py"] * 2 + ["lam_vlm.py", "eval.py", "eval.py"]
+    assert "--target masked" in lines[2] and lines[-1].count("results/near/runs/") == runs
+    assert f"[{runs}/{runs}, 0 min] masklam_door-open_s" in result.stdout
+
+    shutil.rmtree(tmp_path / "runs")  # another machine has what was committed
+    result, lines = replicate("near")
+    assert result.returncode == 0 and not [line for line in lines if line.startswith("lam_vlm.py")]
+
+    result, lines = replicate("large")
+    assert result.returncode == 1 and not lines and "unknown scale 'large'" in result.stderr
+
+
+@pytest.mark.parametrize("flags", ["", "--big 0.1", "--cost"])
+def test_benchmark_runs(flags, tmp_path):
+    command = [sys.executable, str(ROOT / "tests/benchmark.py"), "--json", "--smoke", *flags.split()]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(value is not None for value in json.loads(result.stdout.splitlines()[-1]).values())

@@ -1,0 +1,53 @@
+"""A trained policy as eval.py, and a robot, calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import fail
+from common.shards import read_json
+
+
+class Actor:
+    """uint8 frames (B, K, H, W, 3), (B, H, W, 3) or (H, W, 3) -> float32 actions (B, A) or (A,) in [-1, 1].
+
+    K is the policy's `frame_stack`, oldest frame first; a single frame stands for the whole stack.
+    """
+
+    def __init__(self, network: nn.Module, frame_stack: int, device: str):
+        self.network = network.eval().to(device, memory_format=torch.channels_last)
+        self.frame_stack = frame_stack
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        batch = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
+        if frames.ndim == 3:
+            batch = batch[None]
+        if batch.ndim == 4:
+            batch = batch[:, None].expand(-1, self.frame_stack, -1, -1, -1)
+        obs = batch.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, 3 * K, H, W)
+        actions = self.network(obs).clamp(-1, 1).float().cpu().numpy()
+        if frames.ndim == 3:
+            return actions[0]
+        return actions
+
+
+def read_run(folder: Path, labelled: str | None) -> tuple[dict, dict, str]:
+    """args.json and summary.json of a finished run, and the label budget: `labelled`, or its first."""
+    if not (folder / "summary.json").exists():
+        fail(f"{folder} is no finished run; run the command that makes it again")
+    args, summary = read_json(folder / "args.json"), read_json(folder / "summary.json")
+    budgets = summary["labelled_episodes"]
+    if not budgets:
+        fail(
+            f"{folder} has no policy yet, only stage {' '.join(summary['stages'])}; run it with all --stages"
+        )
+    labelled = labelled or budgets[0]
+    if labelled not in budgets:
+        fail(f"{folder} has no decoder for {labelled} labelled episodes; it has {', '.join(budgets)}")
+    return args, summary, labelled

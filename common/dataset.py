@@ -1,0 +1,354 @@
+"""A data set as tensors: transitions, splits by episode, labelled episodes, what the probes measure."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from common import fail
+from common.probes import Probes, background_change
+from common.shards import SEGMENTS, atomic_write, read_json, read_meta
+
+SAMPLE = 10_000  # transitions that probes and statistics are fitted on, at most
+
+
+class Column:
+    """One array of a data set over all its shards, memory-mapped: `column[rows]` for rows int64 (B,)."""
+
+    def __init__(self, files: list[Path]):
+        self.maps = []
+        for file in files:
+            try:
+                self.maps.append(np.load(file, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError) as error:
+                fail(f"{file} does not read ({error}); delete its shard folder and make it again")
+        self.ends = np.cumsum([len(array) for array in self.maps])
+        self.shape = self.maps[0].shape[1:]
+        self.dtype = np.result_type(*{array.dtype for array in self.maps})  # embeddings: float16, or float32
+        self.nbytes = sum(array.nbytes for array in self.maps)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        shard = np.searchsorted(self.ends, rows, side="right")
+        values = np.empty((len(rows), *self.shape), self.dtype)
+        for index in np.unique(shard):
+            here = shard == index
+            first = self.ends[index] - len(self.maps[index])
+            values[here] = self.maps[index][rows[here] - first]
+        return values
+
+    def whole(self) -> np.ndarray:
+        return np.concatenate(self.maps)
+
+
+class Dataset:
+    """The arrays that a run needs, and which rows it may use for what. A row is a frame.
+
+    A transition t goes from row t to row t + frame_gap of the same episode; `train` and `held_out` split the
+    transitions by episode. `first` and `last` are the bounds of each row's episode. Parameters are flags of
+    the scripts; root: data/<name>. Whatever is missing, damaged or foreign ends the program with one line.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        tasks: tuple[str, ...] = (),
+        target: str = "pixels",
+        encoder: str = "",
+        frame_gap: int = 1,
+        frame_stack: int = 1,
+        probe_fraction: float = 0.2,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
+        self.root = Path(root)
+        if not (self.root / "meta.json").exists():
+            known = ", ".join(str(path.parent) for path in Path("data").glob("*/meta.json"))
+            there = f" (there are {known})" if known else ""
+            fail(f"no data set in {root}{there}; make it: python collect.py --out {root}")
+        self.meta = read_meta(self.root)
+        if "shards" not in self.meta:
+            fail(f"{root} is not finished; run the command that makes it again")
+        self.size = self.meta["size"]
+        self.tasks = tuple(task.removesuffix("-v3") for task in tasks) or tuple(self.meta["tasks"])
+        for task in self.tasks:
+            if task not in self.meta["tasks"]:
+                fail(f"{root} has no task {task!r}; it has {', '.join(self.meta['tasks'])}")
+        self.target_kind = target
+        self.frame_gap = frame_gap
+        self.frame_stack = frame_stack
+        self.device = torch.device(device)
+        self.shards = [shard for shard in self.meta["shards"] if shard["task"] in self.tasks]
+        self.open_columns(encoder)
+        self.split(probe_fraction, seed)
+
+    def open_columns(self, encoder: str) -> None:
+        """Memory-maps the arrays, copies them to a GPU if they fit there, and hashes what they hold."""
+        folders = [self.root / shard["shard"] for shard in self.shards]
+        names = ["frames", "episode", "step", "episode_index", "actions", "states", "segments"]
+        needs = {"clean": "clean", "masked": "segments"}.get(self.target_kind, "frames")
+        if needs not in self.meta["arrays"]:
+            fail(f"{self.root} has no {needs}: --target {self.target_kind} is for data of the simulator")
+        names = [name for name in {*names, needs} if name in self.meta["arrays"]]
+        self.columns = {
+            name: Column([folder / f"{name}.npy" for folder in folders]) for name in sorted(names)
+        }
+        hashes = {shard["shard"]: shard["sha256"] for shard in self.shards}
+        self.embedding = None  # what the cache says of the target embedding
+        if self.target_kind == "embedding":
+            key, records = find_embeddings(self.root, self.shards, encoder)
+            self.embedding = {"key": key, "name": embedding_name(records[0])} | records[0]
+            self.columns["embedding"] = Column([folder / "embeddings" / f"{key}.npy" for folder in folders])
+            for shard, record in zip(self.shards, records):
+                hashes[f"{shard['shard']}/{key}"] = record["sha256"]
+        self.action_dim = None
+        if "actions" in self.columns:
+            (self.action_dim,) = self.columns["actions"].shape
+        self.hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+        for name, column in self.columns.items():
+            if len(column) != len(self.columns["frames"]):
+                rows = f"{len(column)} rows, frames.npy {len(self.columns['frames'])}"
+                fail(f"{name}.npy of {self.root} has {rows}; damaged: make it again")
+        self.resident = {}
+        self.nbytes = sum(column.nbytes for column in self.columns.values())
+        if self.device.type == "cuda" and self.nbytes < 0.4 * torch.cuda.mem_get_info(self.device)[0]:
+            for name, column in self.columns.items():
+                self.resident[name] = torch.from_numpy(column.whole()).to(self.device)
+
+    def split(self, probe_fraction: float, seed: int) -> None:
+        """Episodes to train on, held-out ones, and the order in which episodes are labelled (DETAIL 9)."""
+        frames = [shard["frames"] for shard in self.shards]
+        tasks = [self.tasks.index(shard["task"]) for shard in self.shards]
+        self.task = np.repeat(tasks, frames)
+        self.episode = self.columns["episode"].whole().astype(np.int64)
+        number = self.task * (self.episode.max() + 1) + self.episode  # one number an episode, over all tasks
+        starts = np.flatnonzero(np.diff(number, prepend=-1))
+        length = np.diff(np.append(starts, len(number)))
+        self.first = np.repeat(starts, length)
+        self.last = self.first + np.repeat(length - 1, length)
+
+        self.n_train, self.n_held_out, self.label_order = [], [], []  # by task
+        for index, task in enumerate(self.tasks):
+            episodes = int(self.episode[self.task == index].max()) + 1
+            if episodes < 2:
+                fail(
+                    f"{self.root} has {episodes} episode of {task}; at least 2 are needed, one for the probes"
+                )
+            held_out = min(episodes - 1, max(1, round(probe_fraction * episodes)))
+            self.n_held_out.append(held_out)
+            self.n_train.append(episodes - held_out)
+            self.label_order.append(np.random.default_rng([seed, 7]).permutation(episodes - held_out))
+        trains = self.episode < np.array(self.n_train)[self.task]
+        moves = np.arange(len(self.episode)) + self.frame_gap <= self.last
+        self.train = np.flatnonzero(moves & trains)
+        self.held_out = np.flatnonzero(moves & ~trains)
+
+    def describe(self) -> str:
+        where = f"on {self.device}" if self.resident else "memory-mapped"
+        episodes = f"{sum(self.n_train)} episodes to train on, {sum(self.n_held_out)} held out"
+        text = f"data {self.root}: {', '.join(self.tasks)}; {episodes}; {self.nbytes / 2**20:.0f} MiB {where}"
+        if "segments" not in self.columns:
+            text += "; without segments there is no leak probe"
+        return text
+
+    def record(self) -> dict:
+        """What summary.json says of the data."""
+        return {
+            "data": str(self.root),
+            "tasks": self.tasks,
+            "embedding": self.embedding,
+            "size": self.size,
+            "action_dim": self.action_dim,
+        }
+
+    def labelled(self, budget: str) -> np.ndarray:
+        """Rows t, with a true action, of a label budget: a number of training episodes a task, or `all`."""
+        most = min(self.n_train)
+        if budget != "all" and not (budget.isdecimal() and 1 <= int(budget) <= most):
+            valid = f"`all` or a number from 1 to {most} (episodes to train on)"
+            fail(f"--labelled-episodes takes {valid}, not {budget!r}")
+        rows = np.flatnonzero(np.arange(len(self.episode)) < self.last)
+        chosen = np.zeros(len(rows), bool)
+        for task, order in enumerate(self.label_order):
+            count = len(order) if budget == "all" else int(budget)
+            chosen |= (self.task[rows] == task) & np.isin(self.episode[rows], order[:count])
+        return rows[chosen]
+
+    def column(self, name: str, rows: np.ndarray) -> Tensor:
+        """Rows (B,) of an array, on the device."""
+        if self.resident:
+            return self.resident[name][torch.from_numpy(rows).to(self.device)]
+        return torch.from_numpy(self.columns[name][rows]).to(self.device, non_blocking=True)
+
+    def frame(self, rows: np.ndarray, name: str = "frames") -> Tensor:
+        """(B, 3, H, W) uint8, channels-last."""
+        return self.column(name, rows).permute(0, 3, 1, 2)
+
+    def observe(self, rows: np.ndarray) -> Tensor:
+        """Observation o_t, (B, 3 * stack, H, W) uint8: frames up to t; the first one is repeated."""
+        back = np.arange(1 - self.frame_stack, 1)
+        stack = np.maximum(rows[:, None] + back, self.first[rows][:, None])  # (B, stack)
+        frames = self.frame(stack.reshape(-1))
+        return frames.reshape(len(rows), -1, self.size, self.size)
+
+    def target(self, rows: np.ndarray) -> Tensor:
+        """What the FDM predicts: embeddings (B, D) float32, or pictures (B, 3, H, W) in [-0.5, 0.5]."""
+        if self.target_kind == "embedding":
+            return self.column("embedding", rows).float()
+        if self.target_kind == "clean":
+            return to_float(self.frame(rows, "clean"))
+        return to_float(self.frame(rows))
+
+    def actions(self, rows: np.ndarray) -> Tensor:
+        """(B, A) float32 in [-1, 1]."""
+        return self.column("actions", rows)
+
+    def segment(self, rows: np.ndarray, name: str) -> Tensor:
+        """(B, 1, H, W) float: 1 on the pixels of one of SEGMENTS."""
+        return (self.column("segments", rows) == SEGMENTS.index(name))[:, None].float()
+
+    def statistics(self) -> dict[str, Tensor]:
+        """mean, std of the target and change_mean, change_std of its change, over training transitions.
+
+        Per embedding dimension (D,), or per colour (3, 1, 1).
+        """
+        now, change = Moments(), Moments()
+        rows = np.sort(np.random.default_rng(0).permutation(self.train)[:SAMPLE])
+        for part in chunks(rows):
+            target_now, target_next = self.target(part), self.target(part + self.frame_gap)
+            now.add(target_now)
+            change.add(target_next - target_now)
+        (mean, std), (change_mean, change_std) = now.mean_std(), change.mean_std()
+        return {"mean": mean, "std": std, "change_mean": change_mean, "change_std": change_std}
+
+    def probes(self) -> tuple[Probes, np.ndarray, np.ndarray]:
+        """The probes, and the training and held-out transitions whose latents they take."""
+        rng = np.random.default_rng(1)
+        rows = [np.sort(rng.permutation(split)[:SAMPLE]) for split in (self.train, self.held_out)]
+        arrays = {}
+        if "actions" in self.columns:
+            arrays["actions"] = [self.columns["actions"][split].astype(np.float64) for split in rows]
+        if "states" in self.columns:
+            states = self.columns["states"]
+            changes = [states[split + self.frame_gap] - states[split] for split in rows]
+            arrays["states"] = [
+                change[:, :18].astype(np.float64) for change in changes
+            ]  # hand, gripper, objects
+        if "segments" in self.columns and self.meta["env"]["videos"] != "none":
+            arrays["background"] = [self.background(split) for split in rows]
+        return Probes(**arrays), *rows
+
+    def background(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the leak probe sees of the transitions: the frames, and the change of the background alone."""
+        frames, changes = [], []
+        for part in chunks(rows):
+            after = part + self.frame_gap
+            background = self.segment(part, "background") * self.segment(after, "background")
+            frame, next_frame = to_float(self.frame(part)), to_float(self.frame(after))
+            pooled, change = background_change(frame, next_frame, background)
+            frames.append(pooled)
+            changes.append(change)
+        return np.concatenate(frames), np.concatenate(changes)
+
+    def export_latents(self, rows: np.ndarray, latents: Tensor, path: Path) -> None:
+        """Writes latents (N, latent_dim) with the keys by which they join a LeRobot data set."""
+        episode = self.columns.get("episode_index", self.columns["episode"])
+        columns = {
+            "episode_index": episode[rows].astype(np.int64),
+            "frame_index": self.columns["step"][rows].astype(np.int64),
+            "task": [self.tasks[index] for index in self.task[rows]],
+            "latent_action": list(latents.cpu().numpy()),
+        }
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+        atomic_write(path, buffer.getvalue())
+
+
+def find_embeddings(root: Path, shards: list[dict], wanted: str) -> tuple[str, list[dict]]:
+    """The one key of cached embeddings that begins with `wanted`, and each shard's json."""
+    folders = [root / shard["shard"] / "embeddings" for shard in shards]
+    keys = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    if not keys:
+        fail(f"{root} has no embeddings; make them: python collect.py --out {root} --encoder ...")
+    found = [key for key in keys if key.startswith(wanted)]
+    if wanted in keys:
+        found = [wanted]
+    if not found:
+        near = difflib.get_close_matches(wanted, keys, n=3, cutoff=0.3) or keys
+        fail(f"--encoder {wanted!r} names no embeddings; there are {', '.join(near)}")
+    if len(found) > 1:
+        fail(f"--encoder {wanted!r} names several embeddings; there are {', '.join(found)}")
+
+    records = []
+    for shard, folder in zip(shards, folders):
+        path = folder / f"{found[0]}.json"
+        if not path.exists():
+            fail(f"{folder.parent} lacks embeddings {found[0]}; run the collect.py command that makes them")
+        records.append(read_json(path))
+        if records[-1]["frames_sha256"] != shard["sha256"]["frames"]:
+            npy = path.with_suffix(".npy")
+            fail(f"{npy} was made from other frames than {shard['shard']} holds; delete it and make it again")
+    return found[0], records
+
+
+def embedding_name(record: dict) -> str:
+    """oracle, oracle-blind, llava-1.5-7b-hf-L-2-text, ...: for the names of runs."""
+    name = record["encoder"]
+    if record["prompt"] not in ("best", "noprompt"):
+        name += f"-{record['prompt']}"
+    if (record["layer"], record["pool"]) != (0, "all"):  # the oracle has these alone
+        name += f"-L{record['layer']}-{record['pool']}"
+    return re.sub("[^A-Za-z0-9.]+", "-", name)[:60].strip("-")
+
+
+def chunks(rows: np.ndarray, size: int = 512) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """uint8 pictures -> float in [-0.5, 0.5], channels-last."""
+    return frames.float().div_(255).sub_(0.5).contiguous(memory_format=torch.channels_last)
+
+
+def random_shift(frames: Tensor, shifts: Tensor, pad: int) -> Tensor:
+    """DrQ's augmentation of (B, C, H, W): edges repeated, a crop moved by `shifts` (B, 2) in 0..2*pad."""
+    b, c, h, w = frames.shape
+    y = (torch.arange(h, device=frames.device) + shifts[:, :1] - pad).clamp(0, h - 1)  # (B, H)
+    x = (torch.arange(w, device=frames.device) + shifts[:, 1:] - pad).clamp(0, w - 1)
+    batch = torch.arange(b, device=frames.device)[:, None, None]
+    shifted = frames.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None, :]]  # (B, H, W, C)
+    return shifted.permute(0, 3, 1, 2)
+
+
+class Moments:
+    """Running mean and std of values (B, D), or of pictures (B, 3, H, W) per colour."""
+
+    def __init__(self):
+        self.count, self.total, self.squares = 0, 0, 0
+
+    def add(self, values: Tensor) -> None:
+        axes = [0, *range(2, values.ndim)]
+        values = values.double()
+        self.count += values[:, 0].numel()
+        self.total = self.total + values.sum(axes, keepdim=True)[0]
+        self.squares = self.squares + (values**2).sum(axes, keepdim=True)[0]
+
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        """float32. The std is at least a tenth of its mean: what never changes is not blown up."""
+        mean = self.total / self.count
+        variance = (self.squares - self.count * mean**2) / (self.count - 1)
+        std = variance.clamp_min(0).sqrt()
+        return mean.float(), std.clamp_min(0.1 * std.mean() + 1e-6).float()

@@ -1,0 +1,113 @@
+"""Ranks the targets of a data set without training: a linear latent action model of each, in closed form."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from common import fail
+from common.dataset import Column, Dataset, find_embeddings
+from common.probes import Ridge
+
+GRID = 16  # the linear encoder sees frames as GRID x GRID squares
+
+
+def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
+    """A row a target: probes of the linear LAM that predicts it, on held-out episodes.
+
+    Targets: cached embeddings, twins, distracted frames. The probes come twice: z has to tell all of the
+    target's change (change: as beside an FDM that sees z alone), or what the target's linear prediction from
+    itself leaves (innovation). leak is None for data without segments.
+    """
+    if data.action_dim is None:
+        fail(f"{data.root} has no actions; without them there is nothing to rank targets by")
+    if not len(data.train) or not len(data.held_out):
+        fail(f"{data.root} has no episodes longer than --frame-gap {data.frame_gap}")
+    for array, loss in {"clean": "target `clean`", "segments": "leak"}.items():
+        if array not in data.meta["arrays"]:
+            print(f"{data.root} has no {array}: ranked without {loss}")
+    probes, train, held_out = data.probes()
+    view_train, view_test = view(data, train), view(data, held_out)
+    penalty = 0.1 * len(view_train) * view_train.var(0).mean()
+    gram = view_train.T @ view_train + penalty * np.eye(view_train.shape[1])
+
+    rows = []
+    for name, (label, column) in targets_of(data).items():
+        begun = time.time()
+        now, after = features(column, train), features(column, train + data.frame_gap)
+        row = {"target": name, "label": label, "frame_gap": data.frame_gap}
+        changes = {"change": after - now - (after - now).mean(0), "innovation": innovation(now, after)}
+        for variant, change in changes.items():
+            weights = linear_encoder(change, view_train, gram, latent_dim)
+            measured = probes.measure(view_train @ weights, view_test @ weights)
+            row[f"{variant}_nmse"] = measured["action_probe_nmse"]
+            row[f"{variant}_leak"] = measured["leak_probe_r2"]
+        row["seconds"] = time.time() - begun
+        rows.append(row)
+    if rows[0]["change_nmse"] is None:
+        fail(f"no action of {data.root} varies; there is nothing to rank targets by")
+    return rows
+
+
+def targets_of(data: Dataset) -> dict[str, tuple[str, Column]]:
+    """{target: (label, its array)}"""
+    folders = [data.root / shard["shard"] for shard in data.shards]
+    keys = sorted({path.stem for folder in folders for path in folder.glob("embeddings/*.json")})
+    targets = {}
+    for key in keys:
+        _, records = find_embeddings(data.root, data.shards, key)
+        column = Column([folder / "embeddings" / f"{key}.npy" for folder in folders])
+        targets[key] = (f"{records[0]['encoder']}: {records[0]['prompt']}", column)
+    for name, array in {"clean": "clean", "pixels": "frames"}.items():
+        if array in data.meta["arrays"]:
+            targets[name] = (name, Column([folder / f"{array}.npy" for folder in folders]))
+    return targets
+
+
+def features(column: Column, rows: np.ndarray) -> np.ndarray:
+    """Embeddings as they are; pictures as mean colours of GRID x GRID squares, around 0. (N, D) float64"""
+    if len(column.shape) == 1:
+        return column[rows].astype(float)
+    size = column.shape[0]
+    if size % GRID:
+        fail(f"the frames are {size} pixels wide; the bridge needs a multiple of {GRID}")
+    pooled = []
+    for part in np.array_split(rows, len(rows) // 500 + 1):
+        squares = column[part].reshape(len(part), GRID, size // GRID, GRID, size // GRID, 3)
+        pooled.append(squares.mean((2, 4)).reshape(len(part), -1))
+    return np.concatenate(pooled) / 255 - 0.5
+
+
+def view(data: Dataset, rows: np.ndarray) -> np.ndarray:
+    """What the linear encoder sees of the transitions: frame and difference, as the IDM of lam_vlm.py."""
+    now = features(data.columns["frames"], rows)
+    after = features(data.columns["frames"], rows + data.frame_gap)
+    return np.hstack([now, 4 * (after - now)])
+
+
+def innovation(now: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """What the target at t does not tell of its own change. (N, D)"""
+    change = after - now
+    return change - Ridge(now, change, 1e-2)(now)
+
+
+def linear_encoder(change: np.ndarray, views: np.ndarray, gram: np.ndarray, latent_dim: int) -> np.ndarray:
+    """The linear LAM of a target's change (N, D) in closed form: weights (V, dz), z = views @ weights.
+
+    PCA of the change; then z as a ridge regression from the frames (views: (N, V), `gram`: their regularised
+    second moments), for the encoder never sees the target.
+    """
+    vectors = np.linalg.eigh(change.T @ change)[1]
+    leading = vectors[:, ::-1][:, :latent_dim]
+    return np.linalg.solve(gram, views.T @ (change @ leading))
+
+
+def spearman(x: list[float], y: list[float]) -> float:
+    """Rank correlation; ties share their mean rank."""
+    ranks = []
+    for values in (np.array(x), np.array(y)):
+        below = (values[:, None] > values).sum(1)
+        up_to = (values[:, None] >= values).sum(1)
+        ranks.append((below + up_to) / 2)
+    return float(np.corrcoef(*ranks)[0, 1])

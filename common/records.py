@@ -1,0 +1,114 @@
+"""What a run writes: checkpoints and metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import fail
+from common.shards import atomic_write
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, identity: dict, device: torch.device | str) -> dict | None:
+    """A checkpoint of this run; None where there is none. A damaged or foreign one is named and refused."""
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        stored = checkpoint["identity"]
+    except Exception as error:  # torch raises half a dozen types on damaged files
+        fail(f"checkpoint {path} does not read ({type(error).__name__}); delete it and run again")
+    for key, value in identity.items():
+        if stored.get(key) != value:
+            there = f"{key}: {stored.get(key)} there, {value} here"
+            fail(f"checkpoint {path} belongs to another run ({there}); choose another --out")
+    return checkpoint
+
+
+class Log:
+    """metrics.jsonl, one object a line, and the same numbers as TensorBoard events. Rank 0 alone writes."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def rows(self) -> list[dict]:
+        """All rows; a line that a kill cut is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().split("\n")
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def rewind(self, stage: str, update: int) -> None:
+        """Drops the rows after the checkpoint from which a stage goes on."""
+        kept = [row for row in self.rows() if row["stage"] != stage or row["update"] <= update]
+        atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, stage: str, update: int, values: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"stage": stage, "update": update} | values) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{stage}/{name}", value, update)
+
+
+def hash_weights(weights: dict[str, Tensor]) -> str:
+    """sha256 over names and values, which a policy's hash is made of."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(name.encode())
+        digest.update(weight.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def finished_stages(paths: list[Path], identity: dict) -> dict[str, dict]:
+    """{stage: seconds, updates_per_second, parameters, sha256} of the checkpoints of finished stages."""
+    stages = {}
+    for path in paths:
+        checkpoint = load_checkpoint(path, identity, "cpu")
+        if checkpoint["finished"]:
+            weights, seconds = checkpoint["module"], checkpoint["seconds"]
+            stages[path.stem] = {
+                "seconds": round(seconds, 1),
+                "updates_per_second": round(checkpoint["update"] / max(seconds, 1e-9), 2),
+                "parameters": sum(weight.numel() for weight in weights.values()),
+                "sha256": hash_weights(weights),
+            }
+    return stages
+
+
+def policy_hashes(stages: dict[str, dict], bc_budget: str | None) -> dict[str, str]:
+    """{label budget: hash of its policy}: the stage bc and the budget's decoder.
+
+    Where true actions were cloned, of the label budget `bc_budget`, it is the stage bc alone.
+    """
+    policies = {}
+    if bc_budget is not None:
+        policies[bc_budget] = stages["bc"]["sha256"]
+    for stage in stages:
+        if stage.startswith("decoder_"):
+            policies[stage.removeprefix("decoder_")] = stages["bc"]["sha256"] + stages[stage]["sha256"]
+    return {budget: hashlib.sha256(both.encode()).hexdigest()[:16] for budget, both in policies.items()}
+
+
+def default_folder(variant: str, tasks: tuple[str, ...], seed: int, data: str) -> str:
+    """runs/<variant>_<tasks>_s<seed>, and the data set's name if that is not quick."""
+    folder = f"runs/{variant}_{'+'.join(tasks)}_s{seed}"
+    name = Path(os.path.abspath(data)).name
+    if name != "quick":
+        folder += f"_{name}"
+    return folder

@@ -1,0 +1,162 @@
+"""What eval.py finds and keeps on disk: finished runs, and of each its rollouts.csv and its films.
+
+Whatever is missing, damaged or foreign ends the program with one line; nothing of it is overwritten.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+
+from common import fail
+from common.shards import atomic_write, read_json, read_meta
+from common.statistics import budget_order
+
+COLUMNS = ["task", "labelled", "eval_seed", "episode", "goal", "clip", "clip_start"]
+COLUMNS += ["success", "first_success_step", "return", "policy_hash"]
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def find_runs(names: Sequence[str]) -> list[dict]:
+    """args.json and summary.json of each run, with `dir`, `policy` (False: only probes), data's `meta`."""
+    finished = sorted(path.parent for path in Path("runs").glob("*/summary.json"))
+    if not names and not finished:
+        fail("no finished run in runs/; make one with: python lam_vlm.py")
+    runs = {}
+    for name in names or finished:
+        folder = find_folder(name, finished)
+        if folder.resolve() not in runs:  # one may be given twice
+            run = read_run(folder)
+            for other in runs.values():
+                refuse_mixture(run, other)
+            runs[folder.resolve()] = run
+    return list(runs.values())
+
+
+def find_folder(name: str | Path, finished: list[Path]) -> Path:
+    for folder in (Path(name), "runs" / Path(name)):
+        if (folder / "summary.json").exists():
+            return folder
+    near = difflib.get_close_matches(Path(name).name, [path.name for path in finished], cutoff=0)
+    fail(f"no finished run '{name}'; nearest: {', '.join(near) or 'none, runs/ is empty'}")
+
+
+def read_run(folder: Path) -> dict:
+    summary = read_json(folder / "summary.json")
+    for key in ("variant", "seed", "tasks", "stages", "labelled_episodes", "policy_hash"):
+        if key not in summary:
+            why = f"has no {key}: it is foreign, or of an older version"
+            fail(f"{folder}/summary.json {why}; train that run again, or choose others with --runs")
+    run = read_json(folder / "args.json") | summary
+    run["dir"] = folder
+    run["policy"] = bool(run["policy_hash"])  # one of each label budget
+    run["labelled_episodes"] = sorted(map(str, run["labelled_episodes"]), key=budget_order)
+    if run["policy"]:
+        data = Path(run["data"])
+        if not (data / "meta.json").exists():
+            commands = {"quick": "collect.py", "paper": "collect.py paper"}
+            command = commands.get(data.name, f"collect.py --out {data}")
+            fail(f"no {data}/meta.json, the data set of {folder}; make it with: python {command}")
+        run["meta"] = read_meta(data)
+    return run
+
+
+def refuse_mixture(run: dict, other: dict) -> None:
+    """A row of the table may not mix runs that only share a name."""
+    if not run["policy"] or not other["policy"] or run["variant"] != other["variant"]:
+        return
+    both = f"{other['dir']} and {run['dir']} are both variant '{run['variant']}'"
+    shared_tasks = set(run["tasks"]) & set(other["tasks"])
+    shared_budgets = set(run["labelled_episodes"]) & set(other["labelled_episodes"])
+    if run["seed"] == other["seed"] and shared_tasks and shared_budgets:
+        fail(f"{both} with seed {run['seed']}; choose with --runs")
+    if run["data"] != other["data"]:
+        fail(f"{both} with different data; choose with --runs")
+
+
+def choose_budgets(runs: list[dict], wanted: tuple[str, ...]) -> None:
+    """Leaves of each run the label budgets that --labelled names."""
+    have = {budget for run in runs for budget in run["labelled_episodes"]}
+    if have and not have & set(wanted):
+        budgets = ", ".join(sorted(have, key=budget_order))
+        fail(f"no run has a decoder for --labelled {' '.join(wanted)}; there are {budgets}")
+    for run in runs:
+        run["labelled_episodes"] = [budget for budget in run["labelled_episodes"] if budget in wanted]
+
+
+# ---------------------------------------------------------------------------------------- episodes
+
+
+def row_key(row: dict) -> tuple:
+    return row["task"], budget_order(row["labelled"]), int(row["eval_seed"]), int(row["episode"])
+
+
+def parse_rollouts(text: str) -> dict[tuple, dict]:
+    """The text of rollouts.csv as {key: row}. ValueError or csv.Error on any damage."""
+    lines = list(csv.reader(text.splitlines(), strict=True))
+    if not text.endswith("\n") or lines[0] != COLUMNS:
+        raise ValueError("foreign header or cut line")
+    rows = {}
+    for number, values in enumerate(lines[1:], start=2):
+        row = dict(zip(COLUMNS, values, strict=True))
+        success = str(int(row["first_success_step"] != ""))
+        if row["success"] != success or not np.isfinite(float(row["return"])) or row_key(row) in rows:
+            raise ValueError(f"line {number}")
+        rows[row_key(row)] = row
+    return rows
+
+
+def read_rollouts(run: dict) -> dict[tuple, dict]:
+    """runs/<name>/rollouts.csv as {key: row}, without the rows, and films, of an older policy."""
+    path = run["dir"] / "rollouts.csv"
+    if not path.exists():
+        return {}
+    try:
+        rows = parse_rollouts(path.read_bytes().decode())
+    except (ValueError, csv.Error) as error:
+        fail(f"{path} is damaged ({error}); move it away and its episodes are rolled out again")
+    fresh = {}
+    for key, row in rows.items():
+        if row["policy_hash"] == run["policy_hash"].get(row["labelled"]):
+            fresh[key] = row
+    if len(fresh) < len(rows):
+        print(f"{path}: dropped {len(rows) - len(fresh)} episodes of an older policy")
+        for film in (run["dir"] / "rollouts").glob("*_seed*"):
+            film.unlink()
+    return fresh
+
+
+def csv_text(columns: list[str], rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def save_rollouts(run_dir: Path, rows: dict[tuple, dict]) -> None:
+    atomic_write(run_dir / "rollouts.csv", csv_text(COLUMNS, [rows[key] for key in sorted(rows)]))
+
+
+def film_path(run_dir: Path, task: str, labelled: str, seed: int, episode: int) -> Path:
+    return run_dir / "rollouts" / f"{task}_labelled{labelled}_seed{seed}_episode{episode}.npy"
+
+
+def save_film(path: Path, film: np.ndarray) -> None:
+    """A gif (twice the size, real time, its last frame held for a second), then the .npy for strip.png."""
+    path.parent.mkdir(exist_ok=True)
+    held = np.concatenate([film, film[-1:].repeat(20, axis=0)])
+    large = held.repeat(2, axis=1).repeat(2, axis=2)
+    atomic_write(
+        path.with_suffix(".gif"), iio.imwrite("<bytes>", large, extension=".gif", duration=50, loop=0)
+    )
+    npy = io.BytesIO()
+    np.save(npy, film, allow_pickle=False)
+    atomic_write(path, npy.getvalue())

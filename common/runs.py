@@ -1,0 +1,270 @@
+"""Runs: a folder, its stages, and the loop over their updates. No method is in here.
+
+for step in run.steps("lam", lam, optimizer, schedule, updates):
+    ...                              one update, written out by the script
+    step.log(loss=loss)
+run.finish("lam")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from tqdm import tqdm
+
+from common import fail
+from common.device import average
+from common.records import Log, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
+from common.shards import RANK, WORLD, lock_folder, read_json, write_json
+
+LOG_EVERY = 50  # updates between two rows of metrics.jsonl
+CHECKPOINT_EVERY = 200  # updates between two checkpoints; a multiple of LOG_EVERY
+PROBES = 5  # times that a stage measures its probes
+
+
+class Step:
+    """One update. `rng` draws its batch; `probe_due` says whether the stage measures its probes now."""
+
+    def __init__(self, rng: np.random.Generator, probe_due: bool):
+        self.rng = rng
+        self.probe_due = probe_due
+        self.values = {}
+
+    def log(self, **values: Tensor | float | list | None) -> None:
+        """Scalars by name. Tensors are averaged over the updates between two rows of the log."""
+        self.values |= values
+
+
+@dataclass
+class Training:
+    """What the checkpoint of a stage holds."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    updates: int
+    seconds: float
+    finished: bool = False
+    results: dict = field(default_factory=dict)
+
+
+class Run:
+    """A folder runs/<name>/ that this process holds, and the training of its stages.
+
+    stages: the names of the script's stages, in order. Batches, noise and dropout of an update are drawn from
+    (seed, stage, update) alone: a run that was cut off and goes on sees what the uninterrupted one sees.
+    Under torchrun every rank draws the whole batch and takes its `share`; rank 0 alone writes.
+    """
+
+    def __init__(
+        self, folder: Path, stages: tuple[str, ...], seed: int, device: torch.device, dtype: torch.dtype
+    ):
+        self.folder = folder
+        self.stages = stages
+        self.seed = seed
+        self.device = device
+        self.dtype = dtype
+        self.training: dict[str, Training] = {}
+        self.share = slice(RANK, None, WORLD)  # this rank's part of a batch that every rank draws as a whole
+        self.lock = self.log = None
+        if RANK == 0:
+            self.lock = lock_folder(folder)
+            self.log = Log(folder)
+
+    def claim(self, args: dict, identity: dict, data_hash: str) -> None:
+        """Writes args.json; refuses a folder that holds a run of another identity, and names what differs."""
+        identity = json.loads(json.dumps(identity))
+        path = self.folder / "args.json"
+        if path.exists():
+            stored = read_json(path)
+            changed = [key for key, value in identity.items() if stored.get(key) != value]
+            if changed:
+                why = "; ".join(f"{key}: {stored.get(key)} there, {identity[key]} here" for key in changed)
+                fail(f"{self.folder} is a run with other arguments ({why}); choose another --out")
+        digest = hashlib.sha256(json.dumps([identity, data_hash]).encode()).hexdigest()[:16]
+        self.identity = {"run": digest, "data": data_hash}
+        if WORLD > 1:
+            dist.barrier()  # nobody trains before every rank has agreed
+        if RANK == 0:
+            write_json(path, args)
+
+    def autocast(self) -> torch.autocast | nullcontext:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def steps(
+        self, stage: str, module: nn.Module, optimizer: Optimizer, schedule: LRScheduler, updates: int
+    ) -> Iterator[Step]:
+        """The updates of a stage that are still to do. After each one it logs, saves, and stops on NaN.
+
+        The stage counts as finished only with `finish`, which the script calls when it has done what follows
+        the last update. A loss that is not finite ends the run; the last good checkpoint stays.
+        """
+        training = Training(module, optimizer, schedule, updates, seconds=0.0)
+        self.training[stage] = training
+        start = self.resume(stage, training)
+        if training.finished:
+            return
+        number = 1 + self.stages.index(stage.split("_")[0])
+        probe_every = max(LOG_EVERY, updates // PROBES // LOG_EVERY * LOG_EVERY)
+        begun, earlier = time.time(), training.seconds
+        sums, summed = {}, 0
+        module.train()
+        bar = tqdm(total=updates, initial=start, desc=stage, unit="update", mininterval=1, disable=RANK > 0)
+        for update in range(start, updates):
+            done = update + 1
+            last = done == updates
+            torch.manual_seed(1_000_003 * self.seed + 10**7 * number + update + 10**12 * RANK)
+            step = Step(np.random.default_rng([self.seed, number, update]), last or done % probe_every == 0)
+            yield step
+
+            bar.update()
+            summed += 1
+            row = {}
+            for name, value in step.values.items():
+                if isinstance(value, Tensor):
+                    sums[name] = sums.get(name, 0) + value.detach()
+                else:
+                    row[name] = value
+            if done % LOG_EVERY and not last:
+                continue
+            means = {name: float(average(total)) / summed for name, total in sums.items()}
+            sums, summed = {}, 0
+            if not np.isfinite(means["loss"]):
+                bar.close()
+                kept = "the last good checkpoint, if any, stays; try a lower --lr"
+                fail(f"{stage}: the loss is {means['loss']} near update {done}; {kept}")
+            bar.set_postfix(loss=f"{means['loss']:.3g}")
+            seconds = time.time() - begun
+            training.seconds = earlier + seconds
+            speed = {"lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / seconds}
+            if RANK == 0:
+                self.log.write(stage, done, means | speed | row)
+            if done % CHECKPOINT_EVERY == 0 and not last:
+                self.save(stage, done)
+        bar.close()
+
+    def resume(self, stage: str, training: Training) -> int:
+        """Loads the stage's checkpoint, if there is one; the number of updates that are done."""
+        checkpoint = load_checkpoint(self.folder / f"{stage}.pt", self.identity, self.device)
+        update = 0
+        if checkpoint is not None:
+            training.module.load_state_dict(checkpoint["module"])
+            training.optimizer.load_state_dict(checkpoint["optimizer"])
+            training.schedule.load_state_dict(checkpoint["schedule"])
+            training.seconds = checkpoint["seconds"]
+            training.finished = checkpoint["finished"]
+            training.results = checkpoint["results"]
+            update = checkpoint["update"]
+            state = "finished already" if training.finished else f"goes on at update {update}"
+            if RANK == 0:
+                print(f"{stage}: {state}")
+        if RANK == 0 and not training.finished:
+            self.log.rewind(stage, update)
+        return update
+
+    def save(self, stage: str, update: int) -> None:
+        """Writes <stage>.pt."""
+        if RANK > 0:
+            return
+        training = self.training[stage]
+        content = {
+            "module": training.module.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "schedule": training.schedule.state_dict(),
+            "update": update,
+            "seconds": training.seconds,
+            "finished": training.finished,
+            "results": training.results,
+            "identity": self.identity,
+        }
+        save_checkpoint(self.folder / f"{stage}.pt", content)
+
+    def finished(self, stage: str) -> bool:
+        return self.training[stage].finished
+
+    def results(self, stage: str) -> dict:
+        """What `finish` stored; empty where this process did not come by the stage."""
+        if stage not in self.training:
+            return {}
+        return self.training[stage].results
+
+    def finish(self, stage: str, **results: object) -> None:
+        """Freezes the module and writes the stage's last checkpoint with `results`; stored ones are kept."""
+        training = self.training[stage]
+        training.module.eval().requires_grad_(False)
+        if not training.finished:
+            training.finished = True
+            training.results = results
+            self.save(stage, training.updates)
+
+    def summarise(self, fields: dict, bc_budget: str | None = None) -> None:
+        """summary.json and curves.png: the script's fields, finished stages, policies."""
+        if RANK > 0:
+            return
+        from common.figures import plot_curves  # takes a second
+
+        paths = sorted(self.folder.glob("*.pt"), key=self.stage_order)
+        stages = finished_stages(paths, self.identity)
+        hashes = policy_hashes(stages, bc_budget)
+        summary = fields | {
+            "seed": self.seed,
+            "stages": list(dict.fromkeys(stage.split("_")[0] for stage in stages)),
+            "labelled_episodes": list(hashes),
+            "policy_hash": hashes,
+            "per_stage": stages,
+            "identity": self.identity["run"],
+            "data_hash": self.identity["data"],
+            "device": str(self.device),
+            "dtype": str(self.dtype),
+            "ranks": WORLD,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+            },
+        }
+        write_json(self.folder / "summary.json", summary)
+        plot_curves(self.log.rows(), self.folder / "curves.png")
+        times = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in stages.items())
+        probes = {key: round(value, 3) for key, value in fields.items() if isinstance(value, float)}
+        print(f"{self.folder}: {times}; {probes or 'no probes'}")
+
+    def stage_order(self, path: Path) -> tuple:
+        """Sorts checkpoints: lam, bc, decoder_2, decoder_16, decoder_all."""
+        name, _, budget = path.stem.partition("_")
+        if budget.isdecimal():
+            return self.stages.index(name), int(budget)
+        return self.stages.index(name), np.inf
+
+    def close(self) -> None:
+        """Lets go of the folder and of the other ranks."""
+        if RANK == 0:
+            self.log.writer.close()
+            os.close(self.lock)
+        if WORLD > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def one_cycle(
+    module: nn.Module, lr: float, weight_decay: float, updates: int
+) -> tuple[Optimizer, LRScheduler]:
+    """AdamW under a one-cycle schedule with peak `lr`."""
+    optimizer = AdamW(module.parameters(), lr, weight_decay=weight_decay, fused=True)
+    return optimizer, OneCycleLR(optimizer, lr, updates + 1)
