@@ -2,7 +2,7 @@
 
     python collect.py                                      quick: drawer-open, 80 episodes, oracle embeddings
     python collect.py paper --videos davis                 MT10, 5000 episodes a task, DAVIS-2017 backgrounds
-    python collect.py --videos my_clips/ --out data/mine   video files or folders of frames as backgrounds
+    python collect.py --videos my_clips/ --out data/clips  video files or folders of frames as backgrounds
     python collect.py --prompt blind                       adds the embeddings of another prompt
     python collect.py --out data/mine --encoder <hub id>   also of clips that import_videos.py imported
     torchrun --nproc_per_node=4 collect.py ...             divides the shards among processes or machines

@@ -138,7 +138,7 @@ def play(block: Block) -> tuple[Block, list[dict], dict[int, np.ndarray]]:
 
     Episode e is always played by environment e % envs, and the batch always has its full size (a free place
     is black, a finished episode keeps its last frames): an episode's result must not depend on which others
-    were left to do, and a network may round by batch size.
+    were left to do, and a network may round by batch size (DETAIL 13).
     """
     args = block.args
     policy = open_policy(block.run_dir, block.labelled, block.policy_hash, args.device)

@@ -11,28 +11,22 @@ twin, segments, states. A command that was cut off goes on where it stopped, to 
 
 from __future__ import annotations
 
-import functools
-import io
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
-import PIL.Image
-import pyarrow.compute
-import pyarrow.json
-import pyarrow.parquet
 import tyro
 from tqdm import tqdm
 
 from common import at_least, fail, shards
+from common.lerobot import download, read_lerobot
+from common.recordings import Episode, frame_times, read_frames
 
 
 @dataclass
@@ -61,23 +55,6 @@ class Args:
     """processes; 0: one a core"""
 
 
-@dataclass
-class Episode:
-    index: int  # in the source
-    task: str  # its text
-    file: Path  # a video, or a parquet file that holds pictures
-    camera: str  # its name in a LeRobot data set; empty: a clip, whose frames are counted
-    start: float  # second of the video at which the episode starts
-    fps: float  # of the video
-    times: np.ndarray  # (N,) seconds of its frames from the start
-    steps: np.ndarray  # (N,) their numbers in the source
-    actions: np.ndarray | list | None  # (N, A) in the data's own units
-    names: list[str]  # (A,) of the actions' dimensions
-
-    def __str__(self) -> str:
-        return f"episode {self.index} ({self.file})"
-
-
 # ---------------------------------------------------------------------------------------- a folder of clips
 
 CLIPS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
@@ -102,24 +79,6 @@ def read_clips(root: Path, args: Args) -> list[Episode]:
     return episodes
 
 
-def frame_times(clip: Path) -> tuple[np.ndarray, float]:
-    """Seconds (N,) of a clip's frames by its packets, and width / height: nothing is decoded."""
-    try:
-        with av.open(str(clip)) as video:
-            stream = video.streams.video[0]
-            packets = [packet for packet in video.demux(stream) if packet.size]
-            announced, seconds = stream.frames, float(stream.time_base)
-            shape = stream.width / stream.height
-    except (av.FFmpegError, IndexError) as error:
-        fail(f"{clip} does not decode as a video ({error})")
-    if len(packets) < announced:
-        fail(f"{clip} ends early: it has {len(packets)} of {announced} frames")
-    ticks = [packet.dts if packet.pts is None else packet.pts for packet in packets if not packet.is_discard]
-    if len(ticks) < 2:
-        fail(f"{clip} has {len(ticks)} frames; an episode needs 2 at least")
-    return np.array(sorted(ticks)) * seconds, shape
-
-
 def read_actions(clip: Path) -> tuple[np.ndarray | list | None, list[str]]:
     """Rows of the .npy or .csv beside a clip and names of their columns; None if there is no such file."""
     array, text = clip.with_suffix(".npy"), clip.with_suffix(".csv")
@@ -136,96 +95,7 @@ def read_actions(clip: Path) -> tuple[np.ndarray | list | None, list[str]]:
     return rows, []
 
 
-# ---------------------------------------------------------------------------------------- LeRobot
-
-
-def read_lerobot(root: Path, args: Args) -> list[Episode]:
-    """The episodes of a LeRobot data set; tasks, times and paths are those of its metadata."""
-    info = shards.read_json(root / "meta/info.json")
-    ending = {"v2.1": "jsonl", "v3.0": "parquet"}.get(info.get("codebase_version"))
-    if ending is None:
-        fail(f"{root} is LeRobot {info.get('codebase_version')}; v2.1 and v3.0 are understood")
-    features = info["features"]
-    cameras = [name for name in features if features[name]["dtype"] in ("video", "image")]
-    found = [name for name in cameras if args.camera in ("", name, name.rpartition(".")[2])]
-    if not found:
-        fail(f"{root} has no camera {args.camera!r}; it has {', '.join(cameras)}")
-    tasks = read_table(root / f"meta/tasks.{ending}").to_pydict()
-    numbers = tasks.pop("task_index")
-    (texts,) = tasks.values()  # in v3.0 pandas names their column
-    info |= {"camera": found[0], "tasks": dict(zip(numbers, texts))}
-    files = sorted(root.glob("meta/episodes/*/*.parquet")) or [root / f"meta/episodes.{ending}"]
-    rows = [row for file in files for row in read_table(file).to_pylist()]
-    rows = [row for row in rows if row["episode_index"] in range(*args.episodes)]
-    rows.sort(key=lambda row: row["episode_index"])
-    return [lerobot_episode(root, info, row) for row in rows]
-
-
-def lerobot_episode(root: Path, info: dict, row: dict) -> Episode:
-    """The episode of a row of the metadata. Paths are the data set's own templates."""
-    index, fps = row["episode_index"], info["fps"]
-    camera, features = info["camera"], info["features"]
-    place = {"episode_index": index, "episode_chunk": index // info["chunks_size"], "video_key": camera}
-    for key in ("chunk_index", "file_index"):  # of v3.0
-        place[key] = row.get(f"data/{key}")
-    file = root / info["data_path"].format(**place)
-    table = rows_of(file, index, ("frame_index", "timestamp", "task_index", "action"))
-    if len(table) != row["length"]:
-        fail(f"{file} has {len(table)} rows of episode {index}; the metadata say {row['length']}")
-    task = info["tasks"][table["task_index"][0].as_py()]
-    steps = table["frame_index"].to_numpy()
-    times = np.rint(table["timestamp"].to_numpy() * fps) / fps  # 0.85 s at 20 frames/s is 16.99
-    actions, names = None, []
-    if "action" in features:
-        actions = table["action"].to_pylist()
-        names = features["action"].get("names") or []
-        if isinstance(names, dict):  # {"motors": ["x", ...]} or {"x": 0, ...}
-            names = next((value for value in names.values() if isinstance(value, list)), list(names))
-    start = 0.0
-    if features[camera]["dtype"] == "video":
-        start = row.get(f"videos/{camera}/from_timestamp", 0.0)  # v3.0 joins episodes
-        for key in ("chunk_index", "file_index"):
-            place[key] = row.get(f"videos/{camera}/{key}")
-        file = root / info["video_path"].format(**place)
-    if not file.exists():
-        fail(f"{file} is missing, which the metadata of {root} name")
-    return Episode(index, task, file, camera, start, fps, times, steps, actions, names)
-
-
-def rows_of(file: Path, episode: int, columns: tuple[str, ...]) -> pyarrow.Table:
-    """One episode's rows of a parquet file, which may hold several; columns that it has not are left out."""
-    table = read_table(file, ("episode_index", *columns))
-    return table.filter(pyarrow.compute.field("episode_index") == episode)
-
-
-@functools.lru_cache(maxsize=1)  # the next episode is mostly in the same file
-def read_table(file: Path, columns: tuple[str, ...] | None = None) -> pyarrow.Table:
-    try:
-        if file.suffix == ".jsonl":
-            return pyarrow.json.read_json(file)
-        return pyarrow.parquet.ParquetFile(file).read(columns)
-    except FileNotFoundError:
-        fail(f"{file} is missing, which is part of the data set")
-    except (OSError, pyarrow.ArrowException) as error:
-        fail(f"{file} does not read ({error})")
-
-
-def download(args: Args) -> Path:
-    """The folder of a data set of the hub; of its videos, one camera's are fetched."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    parts = ["meta/*", "data/*", f"videos/*{args.camera}/*"]
-    try:
-        return Path(snapshot_download(args.path, repo_type="dataset", allow_patterns=parts))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).splitlines()[0]
-        fail(f"there is no folder {args.path}, and the hub gives no data set of this name ({reason})")
-
-
-# ---------------------------------------------------------------------------------------- frames and actions
-
-RESIZER = av.video.reformatter.VideoReformatter()  # held: making one costs more than resizing a frame
+# ---------------------------------------------------------------------------------------- actions
 
 
 def check_actions(episode: Episode, first: Episode) -> None:
@@ -282,62 +152,6 @@ def scale_actions(tasks: dict[str, list[Episode]], probe_fraction: float) -> dic
     return {"names": training[0].names, "low": low.tolist(), "high": high.tolist()}
 
 
-def decode(episode: Episode) -> Iterator[tuple[int, av.VideoFrame]]:
-    """What the file holds from the episode's start on: (number in the episode, frame)."""
-    if episode.file.suffix == ".parquet":
-        table = rows_of(episode.file, episode.index, ("timestamp", episode.camera))
-        for seconds, cell in zip(table["timestamp"].to_pylist(), table[episode.camera].to_pylist()):
-            picture = PIL.Image.open(io.BytesIO(cell["bytes"]))
-            yield round(seconds * episode.fps), av.VideoFrame.from_image(picture.convert("RGB"))
-        return
-    with av.open(str(episode.file)) as video:
-        stream = video.streams.video[0]
-        stream.codec_context.thread_count = 1  # a process a core is faster
-        if not episode.camera:
-            yield from enumerate(video.decode(stream))
-            return
-        video.seek(round(episode.start / stream.time_base), stream=stream)  # to the key frame before it
-        for frame in video.decode(stream):
-            yield round((frame.time - episode.start) * episode.fps), frame
-
-
-def read_frames(episode: Episode, size: int, how: str) -> np.ndarray:
-    """uint8 (N, size, size, 3). A frame that is missing or of another size ends the program."""
-    wanted = episode.steps
-    if episode.camera:
-        wanted = np.rint(episode.times * episode.fps)
-    frames = np.empty((len(wanted), size, size, 3), np.uint8)
-    done, shapes = 0, set()
-    try:
-        for number, frame in decode(episode):
-            if number == wanted[done]:
-                frames[done] = square(frame, size, how)
-                shapes.add(f"{frame.width} x {frame.height}")
-                done += 1
-            if done == len(wanted):
-                break
-    except (av.FFmpegError, PIL.UnidentifiedImageError) as error:
-        fail(f"{episode} does not decode ({error})")
-    if done < len(wanted):
-        fail(f"{episode} ends early: it has {done} of {len(wanted)} frames")
-    if len(shapes) > 1:
-        fail(f"{episode}: the size of its frames varies, {', '.join(sorted(shapes))}")
-    return frames
-
-
-def square(frame: av.VideoFrame, size: int, how: str) -> np.ndarray:
-    """uint8 (size, size, 3): one side is resized to `size`, the other one cropped or padded."""
-    side = min(frame.width, frame.height)
-    if how == "pad":
-        side = max(frame.width, frame.height)
-    width, height = round(frame.width * size / side), round(frame.height * size / side)
-    small = RESIZER.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1).to_image()
-    small = small.rotate(frame.rotation, expand=True)  # phones store how they were held
-    canvas = PIL.Image.new("RGB", (size, size))
-    canvas.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
-    return np.asarray(canvas)
-
-
 # ---------------------------------------------------------------------------------------- the data set
 
 
@@ -357,9 +171,9 @@ def import_shard(folder: Path, episodes: list[Episode], first: int, size: int, h
 def read_source(args: Args) -> list[Episode]:
     root = Path(args.path)
     if not root.is_dir():
-        root = download(args)
+        root = download(args.path, args.camera)
     if (root / "meta/info.json").exists():
-        episodes = read_lerobot(root, args)
+        episodes = read_lerobot(root, args.camera, range(*args.episodes))
     else:
         episodes = read_clips(root, args)
     if not episodes:

@@ -356,7 +356,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
 
 
 def train_bc(run: Run, data: Dataset, args: Args, lam: LAM | None) -> Policy:
-    """Stage 2: policy o_t -> z_t from distracted frames under random shifts; --method bc: o_t -> a_t.
+    """Stage 2: policy o_t -> z_t from distracted frames under random shifts (DETAIL 7); --method bc: a_t.
 
     Latents keep their natural scale up to one common factor (DETAIL 6).
     """
@@ -497,9 +497,10 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
     window = {"frame_gap": args.frame_gap, "frame_stack": args.frame_stack}
     split = {"probe_fraction": args.probe_fraction, "seed": args.seed}
     data = Dataset(args.data, args.tasks, target, args.encoder, **window, **split, device=device)
-    for budget in args.labelled_episodes:
-        data.labelled(budget)
-    if data.action_dim is None and (args.method == "bc" or args.supervision):
+    if data.action_dim is not None:
+        for budget in args.labelled_episodes:
+            data.labelled(budget)
+    elif args.method == "bc" or args.supervision:
         fail(f"{args.data} has no actions, which --method bc and --supervision need")
     args.tasks = data.tasks
     args.variant = args.variant or default_variant(args, data)

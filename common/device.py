@@ -14,7 +14,7 @@ from common.shards import RANK, WORLD
 
 
 def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """Device and precision, printed with their reasons; joins the ranks of torchrun."""
+    """Device and precision (DETAIL 12), printed with their reasons; joins the ranks of torchrun."""
     reason = "--device"
     if wanted == "auto" and torch.cuda.is_available():
         wanted, reason = "cuda", "a CUDA device is here"

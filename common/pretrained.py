@@ -437,8 +437,10 @@ class Molmo(NativeVLM):
     def pictures(self, images: np.ndarray) -> torch.Tensor:
         """(B, H, W, 3) uint8 -> (B, 2, 576, 588): 14 x 14 patches of the picture at 336 px, twice."""
         x = self.scaled(images, 336).clip(0, 1)
-        x = (x - x.new_tensor(CLIP_MEAN).view(3, 1, 1)) / x.new_tensor(CLIP_STD).view(3, 1, 1)
-        x = x.view(-1, 3, 24, 14, 24, 14).permute(0, 2, 4, 3, 5, 1).reshape(-1, 1, 576, 588)
+        mean, std = x.new_tensor(CLIP_MEAN), x.new_tensor(CLIP_STD)
+        x = (x - mean[:, None, None]) / std[:, None, None]
+        x = x.view(-1, 3, 24, 14, 24, 14).permute(0, 2, 4, 3, 5, 1)
+        x = x.reshape(-1, 1, 576, 588)
         return x.repeat(1, 2, 1, 1).to(self.dtype)  # not expand: Molmo's own code calls .view on it
 
     def prepare(self, images: np.ndarray, segments: np.ndarray | None, texts: list[str], object: str) -> dict:

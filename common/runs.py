@@ -65,8 +65,8 @@ class Training:
 class Run:
     """A folder runs/<name>/ that this process holds, and the training of its stages.
 
-    stages: the names of the script's stages, in order. Batches, noise and dropout of an update are drawn from
-    (seed, stage, update) alone: a run that was cut off and goes on sees what the uninterrupted one sees.
+    stages: the names of the script's stages, in order. What an update draws comes from (seed, stage, update)
+    alone (DETAIL 10): a run that was cut off and goes on sees what the uninterrupted one sees.
     Under torchrun every rank draws the whole batch and takes its `share`; rank 0 alone writes.
     """
 

@@ -13,7 +13,7 @@ SCRIPTS = ("collect", "import_videos", "lam_vlm", "eval", "linear_lam")
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py")])
 LINES = {  # at most
     "collect.py": 430,
-    "import_videos.py": 280,
+    "import_videos.py": 290,
     "lam_vlm.py": 570,
     "eval.py": 430,
     "linear_lam.py": 640,
@@ -21,8 +21,9 @@ LINES = {  # at most
     "README.md": 200,
 }
 MODULE_LINES = 620  # of a file in common/
-TOKENS = {"lam_vlm.py": 11.5}  # a code line, at most; elsewhere DENSITY
-DENSITY = 14.5  # the closed forms and the generated clips are formulas
+DENSE = ("common/textures.py", "common/nonlinear_lam.py")  # formulas
+TOKENS = {"lam_vlm.py": 11.5} | dict.fromkeys(DENSE, 16)  # a code line, at most; elsewhere DENSITY
+DENSITY = 14.5
 
 
 def tokens_by_line(path: Path) -> dict[int, int]:
