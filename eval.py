@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import lam_vlm
+import univla
 from common import at_least, fail, parse
 from common.dataset import Dataset, chunks
 from common.distracting_metaworld import DistractingMetaWorld
@@ -42,9 +44,10 @@ from common.results import (
     save_film,
     save_rollouts,
 )
-from common.shards import atomic_write, lock_folder, parallel
+from common.shards import atomic_write, lock_folder, parallel, read_json
 from common.statistics import budget_order, summarise
-from lam_vlm import load_policy
+
+LOADERS = {"lam_vlm": lam_vlm.load_policy, "univla": univla.load_policy}
 
 
 @dataclass
@@ -114,6 +117,12 @@ def close_envs() -> None:
         _, envs = ENVS.popitem()
         for env in envs:
             env.close()
+
+
+def load_policy(run_dir: Path, labelled: str, device: str) -> Callable:
+    """The policy, by the script that trained it; older runs name none."""
+    script = read_json(run_dir / "summary.json").get("script", "lam_vlm")
+    return LOADERS[script](run_dir, labelled=labelled, device=device)
 
 
 @functools.lru_cache(maxsize=1)

@@ -355,17 +355,16 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     return lam
 
 
-def train_bc(run: Run, data: Dataset, args: Args, lam: LAM | None) -> Policy:
-    """Stage 2: policy o_t -> z_t from distracted frames under random shifts (DETAIL 7); --method bc: a_t.
-
-    Latents keep their natural scale up to one common factor (DETAIL 6).
-    """
-    if lam is None:
+def what_to_clone(data: Dataset, args: Args, lam: LAM | None) -> tuple[np.ndarray, Tensor]:
+    """Rows (N,) and the policy's targets there: latents, in their natural scale up to a factor (DETAIL 6)."""
+    if lam is None:  # --method bc
         rows = data.labelled(args.labelled_episodes[0])
-        targets = data.actions(rows)
-    else:
-        rows = data.train
-        targets = encode(lam.idm, data, rows) / lam.latent_std
+        return rows, data.actions(rows)
+    return data.train, encode(lam.idm, data, data.train) / lam.latent_std
+
+
+def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Tensor) -> Policy:
+    """Stage 2: policy o_t -> targets (N, D) of the rows (N,), under random shifts of frames (DETAIL 7)."""
     torch.manual_seed(args.seed + 1)
     policy = Policy(targets.shape[1], data.size, args).to(run.device, memory_format=torch.channels_last)
     optimizer, schedule = one_cycle(policy, args.lr, args.weight_decay, args.bc_updates)
@@ -429,13 +428,22 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
     folder = Path(run_dir)
     stored, summary, labelled = read_run(folder, labelled)
     args = Args(**stored)
+    latent_dim = None
+    if args.method == "lapo":
+        latent_dim = args.latent_dim
+    return restore_policy(folder, summary, labelled, args, latent_dim, device)
+
+
+def restore_policy(
+    folder: Path, summary: dict, labelled: str, args: Args, latent_dim: int | None, device: str
+) -> Actor:
+    """Policy and decoder of a run; without latent_dim a policy of true actions."""
     identity = {"run": summary["identity"]}
-    out = args.latent_dim if args.method == "lapo" else summary["action_dim"]
-    policy = Policy(out, summary["size"], args)
+    policy = Policy(latent_dim or summary["action_dim"], summary["size"], args)
     policy.load_state_dict(load_checkpoint(folder / "bc.pt", identity, "cpu")["module"])
     network = nn.Sequential(policy)
-    if args.method == "lapo":
-        decoder = Decoder(args.latent_dim, summary["action_dim"])
+    if latent_dim:
+        decoder = Decoder(latent_dim, summary["action_dim"])
         decoder.load_state_dict(load_checkpoint(folder / f"decoder_{labelled}.pt", identity, "cpu")["module"])
         network.append(decoder)
     return Actor(network, args.frame_stack, device)
@@ -516,7 +524,7 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
 
 def summarise(run: Run, data: Dataset, args: Args) -> None:
     """summary.json and curves.png of the stages that are done."""
-    names = {"variant": args.variant, "default_variant": default_variant(args, data)}
+    names = {"script": "lam_vlm", "variant": args.variant, "default_variant": default_variant(args, data)}
     bc_budget = args.labelled_episodes[0] if args.method == "bc" else None
     run.summarise(run.results("lam") | names | data.record(), bc_budget)
 
@@ -531,7 +539,8 @@ def main(args: Args) -> None:
 
     # stage 2: a policy that predicts latent actions from distracted frames (or true ones, --method bc)
     if "bc" in args.stages or "decoder" in args.stages:
-        policy = train_bc(run, data, args, lam)
+        rows, targets = what_to_clone(data, args, lam)
+        policy = train_bc(run, data, args, rows, targets)
 
     # stage 3: true actions from the policy's latents, learnt from a handful of labelled episodes
     if "decoder" in args.stages and data.action_dim is not None:

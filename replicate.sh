@@ -106,6 +106,15 @@ encoders)
   done
   collect --prompt best positive arm object blind --out $data
   embed --prompt best positive arm object blind --out $data
+  levels="0.25 0.5 1 2 4" steady="oracle oracle-bf16"
+  collect --bfloat16 --out $data
+  for level in $levels; do
+    collect --noise-std $level --out $data
+    collect --tremble $level --out $data
+    steady+=" oracle-noise$level oracle-tremble$level"
+  done
+  collect --encoder random --blank oracle --layers -1 -7 --pools cls mean --out $data
+  for where in L-1_cls L-1_mean L-7_cls L-7_mean; do keys+=" random-blank_best_$where"; done
   for id in oracle ${ENCODERS:-}; do
     for prompt in best positive arm object blind; do keys+=" $(named $id)_$prompt"; done
   done
@@ -113,6 +122,14 @@ encoders)
     on="--data $data --seed $seed --stages lam --lam-updates 400 --variant"
     for target in pixels clean masked; do train ${target}_s$seed $on $target --target $target; done
     for key in $keys; do train ${key}_s$seed $on $key --encoder $key; done
+  done
+  for seed in $seeds; do # trained to the end: how steady a target must be, and whether a longer gap helps
+    on="--data $data --seed $seed --labelled-episodes 2 8"
+    for key in $steady; do train lapo-${key}_s$seed $on --encoder ${key}_best; done
+    for gap in 2 4; do for key in oracle oracle-tremble1 oracle-tremble4; do
+      train $key-gap${gap}_s$seed $on --encoder ${key}_best --frame-gap $gap --variant $key-gap$gap
+    done; done
+    for key in random_noprompt random-blank_best; do train lapo-${key}_s$seed $on --encoder ${key}_L-1_mean; done
   done ;;
 screen)
   collect --tasks $six reach push pick-place --encoder none --out data/screen # peg-insert-side takes > 150 steps

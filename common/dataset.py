@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -236,8 +237,16 @@ class Dataset:
 
     def probes(self) -> tuple[Probes, np.ndarray, np.ndarray]:
         """The probes, and the training and held-out transitions whose latents they take."""
+        return self.probes_of(self.train, self.held_out)
+
+    def probes_of_tasks(self) -> Iterator[tuple[Probes, np.ndarray, np.ndarray]]:
+        """The same for one task after the other."""
+        for task in range(len(self.tasks)):
+            yield self.probes_of(*(rows[self.task[rows] == task] for rows in (self.train, self.held_out)))
+
+    def probes_of(self, train: np.ndarray, held_out: np.ndarray) -> tuple[Probes, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(1)
-        rows = [np.sort(rng.permutation(split)[:SAMPLE]) for split in (self.train, self.held_out)]
+        rows = [np.sort(rng.permutation(split)[:SAMPLE]) for split in (train, held_out)]
         arrays = {}
         if "actions" in self.columns:
             arrays["actions"] = [self.columns["actions"][split].astype(np.float64) for split in rows]

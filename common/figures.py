@@ -149,65 +149,87 @@ def plot_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     return save_figure(figure, path)
 
 
-def background_kept(runs: list[dict]) -> dict[str, float]:
-    """{variant: fraction of the background in its target}, of runs that differ in nothing else.
+LEVELS = {  # in what a target may differ from the oracle's best: the field of its embedding, the axis' label
+    "background_kept": "fraction of the background kept in the target",
+    "noise_std": "white noise on the target, in std of its change",
+    "tremble": "tremble of the target with the frame, in std of its change",
+}
+
+
+def target_levels(runs: list[dict], field: str) -> dict[str, float]:
+    """{variant: level} of runs that differ in one of LEVELS and in nothing else.
 
     These are runs with the oracle's best prompt and the name that lam_vlm.py gives by itself. What the
     forward model sees, and supervision, are part of that name: of such groups the largest is taken.
     """
+    others = {*LEVELS, "bfloat16"} - {field}
     groups = defaultdict(dict)
     for run in runs:
         embedding = run.get("embedding") or {}
-        disturbed = any(embedding.get(name) for name in ("noise_std", "tremble", "bfloat16"))
         is_oracle = embedding.get("family") == "oracle" and embedding.get("prompt") == "best"
-        if is_oracle and not disturbed and run["variant"] == run.get("default_variant"):
+        altered = any(embedding.get(name) for name in others)
+        if is_oracle and not altered and run["variant"] == run.get("default_variant"):
             group = run.get("fdm_sees"), run.get("supervision")
-            groups[group][run["variant"]] = embedding["background_kept"]
+            groups[group][run["variant"]] = embedding.get(field, 0)
     return max(groups.values(), key=len, default={})
 
 
 @plt.rc_context(STYLE)
 def plot_tolerance(table: list[dict], runs: list[dict], path: Path) -> Path | None:
-    """How clean a target must be: success and probes against the fraction of the background that it keeps."""
+    """What a target must deliver: success and probes against each of LEVELS, a row a level."""
     methods = {entry["method"] for entry in table}
-    kept = background_kept([run for run in runs if run["variant"] in methods])
-    fractions = sorted(set(kept.values()))
-    if len(fractions) < 3:
+    mine = [run for run in runs if run["variant"] in methods]
+    levels = {}
+    for field in LEVELS:
+        found = target_levels(mine, field)
+        if len(set(found.values())) >= 3:
+            levels[field] = found
+    if not levels:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    budgets = shared_budgets(table, kept)
+    size = (9, 3.2 * len(levels))
+    figure, panels = plt.subplots(len(levels), 2, figsize=size, layout="constrained", squeeze=False)
+    for (field, level_of), (left, right) in zip(levels.items(), panels):
+        draw_success_of_levels(left, table, level_of)
+        draw_probes_of_levels(right, runs, level_of)
+        ticks = sorted(set(level_of.values()))
+        for axes in (left, right):  # the levels span decades: evenly spaced
+            axes.set_xticks(range(len(ticks)), [f"{level:g}" for level in ticks])
+            axes.set(ylim=(-0.03, 1.03), xlabel=LEVELS[field])
+            axes.legend(fontsize=8)
+    return save_figure(figure, path)
+
+
+def draw_success_of_levels(axes: plt.Axes, table: list[dict], level_of: dict[str, float]) -> None:
+    """IQM with CI, a line a label budget."""
+    ticks = sorted(set(level_of.values()))
+    budgets = shared_budgets(table, level_of)
     for index, budget in enumerate(budgets):
-        entries = [entry for entry in table if entry["method"] in kept and entry["labelled"] == budget]
-        entries.sort(key=lambda entry: kept[entry["method"]])
+        entries = [entry for entry in table if entry["method"] in level_of and entry["labelled"] == budget]
+        entries.sort(key=lambda entry: level_of[entry["method"]])
         offset = 0.06 * (index - (len(budgets) - 1) / 2)
-        places = [fractions.index(kept[entry["method"]]) + offset for entry in entries]
+        places = [ticks.index(level_of[entry["method"]]) + offset for entry in entries]
         style = look(index)
-        iqms = [entry["iqm"] for entry in entries]
-        left.plot(places, iqms, label=f"{budget} labelled", **style)
+        axes.plot(places, [entry["iqm"] for entry in entries], label=f"{budget} labelled", **style)
         for place, entry in zip(places, entries):
             if entry["iqm_ci"]:
-                left.plot([place, place], entry["iqm_ci"], color=style["color"], alpha=0.6)
+                axes.plot([place, place], entry["iqm_ci"], color=style["color"], alpha=0.6)
+    axes.set_ylabel("success, IQM with 95 % CI")
 
+
+def draw_probes_of_levels(axes: plt.Axes, runs: list[dict], level_of: dict[str, float]) -> None:
+    """Probes of each run as dots, their means as lines."""
+    ticks = sorted(set(level_of.values()))
     probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak $R^2$"}
     for index, (name, label) in enumerate(probes.items()):
         by_place = defaultdict(list)
         for run in runs:
-            if run["variant"] in kept and run.get(name) is not None:
-                by_place[fractions.index(kept[run["variant"]])].append(run[name])
+            if run["variant"] in level_of and run.get(name) is not None:
+                by_place[ticks.index(level_of[run["variant"]])].append(run[name])
         for place, values in by_place.items():
             spread = np.full(len(values), place)
-            right.scatter(spread, values, s=12, color=COLOURS[index], alpha=0.5, linewidths=0)
+            axes.scatter(spread, values, s=12, color=COLOURS[index], alpha=0.5, linewidths=0)
         places = sorted(by_place)
-        means = [np.mean(by_place[place]) for place in places]
-        right.plot(places, means, label=label, **look(index))
-    for axes in (left, right):
-        axes.set_xticks(
-            range(len(fractions)), [f"{fraction:g}" for fraction in fractions]
-        )  # they span decades
-        axes.set(ylim=(-0.03, 1.03), xlabel="fraction of the background kept in the target")
-        axes.legend(fontsize=8)
-    left.set_ylabel("success, IQM with 95 % CI")
-    return save_figure(figure, path)
+        axes.plot(places, [np.mean(by_place[place]) for place in places], label=label, **look(index))
 
 
 @plt.rc_context({"axes.grid": False})

@@ -108,6 +108,7 @@ def make_data(
         )
     env = {"videos": "generated", "size": SIZE} if "segments" in arrays else None
     meta = {"tasks": list(TASKS), "size": SIZE, "arrays": arrays, "env": env, "shards": shards, "fps": 80}
+    meta["instructions"] = {"reach": "reach the goal", "push": "push the puck to the goal"}
     meta["action"] = {"names": list("xyzg"), "low": [-1] * 4, "high": [1] * 4}
     if "actions" not in arrays:
         meta["action"] = None

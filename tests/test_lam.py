@@ -63,7 +63,7 @@ def train_all(run: Run, data: Dataset, args: lam_vlm.Args) -> dict[str, nn.Modul
     lam = None
     if args.method == "lapo":
         lam = lam_vlm.train_lam(run, data, args)
-    policy = lam_vlm.train_bc(run, data, args, lam)
+    policy = lam_vlm.train_bc(run, data, args, *lam_vlm.what_to_clone(data, args, lam))
     if args.method == "lapo":
         for budget in args.labelled_episodes:
             lam_vlm.train_decoder(run, data, args, policy, budget)
@@ -220,7 +220,7 @@ def test_each_stage_leaves_the_earlier_ones_frozen(new_run):
     run, data, args = new_run()
     lam = lam_vlm.train_lam(run, data, args)
     lam_before = weights(lam)
-    policy = lam_vlm.train_bc(run, data, args, lam)
+    policy = lam_vlm.train_bc(run, data, args, *lam_vlm.what_to_clone(data, args, lam))
     policy_before = weights(policy)
     lam_vlm.train_decoder(run, data, args, policy, "2")
     assert same(weights(lam), lam_before) and same(weights(policy), policy_before)

@@ -1,0 +1,424 @@
+"""univla.py: quantiser, gradients, what the codes hold on a toy, and the plumbing on made-up data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import transformers
+from conftest import kill_when, refusal, run_script, start_script
+from made_up import SIZE, TASKS, make_data
+from torch import nn
+
+import univla
+from common import runs
+from common.dataset import Dataset
+from common.tokens import DINO, Tokens, text_states
+from univla import Codebook, perplexity, shares
+
+SMALL = "--codes 2 --codebook 4 --code-dim 6 --width 16 --heads 2 --blocks 1 1 --lam-batch 8 --batch-size 8"
+SMALL += " --lam-updates 4 --bc-updates 4 --decoder-updates 4 --widths 4 8 --stem 2 --labelled-episodes 1 2"
+SMALL += " --frame-gap 2 --device cpu --dtype float32"
+
+
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory) -> Path:
+    return make_data(tmp_path_factory.mktemp("made_up"))
+
+
+@pytest.fixture(autouse=True)
+def log_every_update(monkeypatch):
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
+
+
+def parse(data: Path, out: Path, *flags: object) -> univla.Args:
+    return univla.parse_args([*SMALL.split(), "--data", str(data), "--out", str(out), *map(str, flags)])
+
+
+@pytest.fixture
+def new_run(made_up, tmp_path):
+    """new_run(*flags) -> Run, Tokens, Args, in a folder of its own; let go at the end."""
+    opened = []
+
+    def make(*flags: object, data: Path = made_up):
+        args = parse(data, tmp_path / f"run{len(opened)}", *flags)
+        run, tokens = univla.open_run(args)
+        opened.append(run)
+        return run, tokens, args
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+def rows_of(folder: Path, stage: str) -> list[dict]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["stage"] == stage]
+
+
+# ------------------------------------------------------------ the quantiser
+
+
+def book_of(entries: list[list[float]]) -> Codebook:
+    book = Codebook(univla.Args(codebook=len(entries), code_dim=len(entries[0])))
+    book.entries.data = torch.tensor(entries)
+    return book
+
+
+def test_quantiser_against_a_case_by_hand():
+    """z = (1, 0) and (0, 4): the nearest of (0, 0), (0, 3), (9, 9) are the first two."""
+    book = book_of([[0.0, 0.0], [0.0, 3.0], [9.0, 9.0]])
+    z = torch.tensor([[[1.0, 0.0], [0.0, 4.0]]], requires_grad=True)
+    entries, codebook_loss, commitment_loss, codes = book(z)
+    assert codes.tolist() == [[0, 1]] and entries.tolist() == [[[0, 0], [0, 3]]]
+    assert codebook_loss.item() == commitment_loss.item() == pytest.approx((1 + 0 + 0 + 1) / 4)
+    share = shares(codes, 3)
+    assert share.tolist() == [0.5, 0.5, 0] and perplexity(share) == pytest.approx(2)
+
+    (straight,) = torch.autograd.grad(entries.sum(), z, retain_graph=True)
+    assert (straight == 1).all(), "the gradient passes the quantiser unchanged"
+    (of_z,) = torch.autograd.grad(commitment_loss, z, retain_graph=True)
+    assert of_z.tolist() == [[[0.5, 0], [0, 0.5]]], "commitment draws z to its entry"
+    (of_entries,) = torch.autograd.grad(codebook_loss, book.entries)
+    assert of_entries.tolist() == [[-0.5, 0], [0, -0.5], [0, 0]], "the codebook loss draws the entry to z"
+
+
+def test_entries_that_are_never_chosen_start_again(monkeypatch):
+    monkeypatch.setattr(univla, "RESTART", 3)
+    book = book_of([[0.0, 0.0], [50.0, 50.0]])
+    z = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    for update in range(3):
+        assert book.entries.tolist() == [[0, 0], [50, 50]], update
+        book.restart(z, shares(book.nearest(z), 2))
+    assert book.entries[0].tolist() == [0, 0] and book.entries[1].tolist() in z[0].tolist()
+    assert book.idle.tolist() == [0, 0]
+
+
+# ------------------------------------------------------------ the model
+
+
+def lam_of(tokens: Tokens, args: univla.Args, *stage_1: univla.LAM) -> univla.LAM:
+    torch.manual_seed(0)
+    return univla.LAM(tokens, args, *stage_1).eval()
+
+
+def inputs(lam: univla.LAM, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+    (tokens,) = lam.tokens
+    now, after = tokens.patches(rows), tokens.patches(rows + tokens.data.frame_gap)
+    return lam.standardise(now), lam.standardise(after), lam.read(rows)
+
+
+def test_the_encoder_is_causal_in_time(new_run):
+    """What o_t's tokens become does not depend on o_{t+k}; the queries depend on everything."""
+    _, tokens, args = new_run()
+    lam = lam_of(tokens, args)
+    now, after, instruction = inputs(lam, tokens.data.train[:3])
+    seen = []
+    lam.encoder.blocks.register_forward_hook(lambda module, given, states: seen.append(states))
+    first = lam.latents(now, after, instruction)["ti"]
+    others = [(now, after + 1, instruction), (now + 1, after, instruction), (now, after, instruction + 1)]
+    changed = [lam.latents(*other)["ti"] for other in others]
+    assert all(not torch.allclose(first, other) for other in changed)
+    words, patches = instruction.shape[1], now.shape[1]
+    assert torch.allclose(seen[0][:, : words + patches], seen[1][:, : words + patches])
+    assert not torch.allclose(seen[0][:, words + patches :], seen[1][:, words + patches :])
+    assert torch.allclose(seen[0][:, :words], seen[2][:, :words])
+
+
+def test_instruction_is_of_the_rows_task(new_run):
+    _, tokens, args = new_run()
+    data = tokens.data
+    rows = np.array([np.flatnonzero(data.task == task)[0] for task in (1, 0, 1)])
+    text = tokens.text(rows)
+    assert text.shape == (3, 6) and torch.equal(text[0], text[2]) and not torch.equal(text[0], text[1])
+    assert data.tasks == TASKS and (text[1] == 0).sum() == 3, "`reach the goal`, and no word behind"
+    _, silent, no_text = new_run("--text", "none")
+    assert lam_of(silent, no_text).read(rows).shape == (3, 0, 16)
+
+
+def test_patches_are_the_picture(new_run):
+    _, tokens, _ = new_run()
+    frame = tokens.data.frame(tokens.data.train[:1]).float() / 255 - 0.5
+    patches = tokens.patches(tokens.data.train[:1])
+    side = SIZE // 8
+    assert patches.shape == (1, 64, 3 * side**2)
+    expected = frame[0, :, 3 * side : 4 * side, 5 * side : 6 * side].flatten()
+    assert torch.allclose(patches[0, 3 * 8 + 5], expected)
+
+
+def test_gradients(new_run):
+    """They reach the encoder through the quantiser, never the frozen codebook, and in stage 1 the words."""
+    _, tokens, args = new_run()
+    stage_1 = lam_of(tokens, args)
+    lam = lam_of(tokens, args, stage_1)
+    assert torch.equal(lam.books["ti"].entries, stage_1.books["ti"].entries)
+    assert torch.equal(lam.queries["ti"], stage_1.queries["ti"]) and lam.instruction is None
+    for model in (stage_1, lam):
+        now, after, instruction = inputs(model, tokens.data.train[:4])
+        entries = [model.books[name](z)[0] for name, z in model.latents(now, after, instruction).items()]
+        model.decoder(now, torch.cat(entries, 1), instruction).square().mean().backward()
+        assert model.encoder.project.weight.grad.abs().sum() > 0
+        assert all(query.grad.abs().sum() > 0 for query in model.queries.values())
+        assert all(book.entries.grad is None for book in model.books.values()), "straight through"
+    assert stage_1.instruction.project.weight.grad.abs().sum() > 0
+    assert not lam.books["ti"].entries.requires_grad and lam.books["tc"].entries.requires_grad
+
+
+@pytest.mark.parametrize("sees", ["frame", "z"])
+def test_what_the_decoder_sees(new_run, sees):
+    _, tokens, args = new_run("--fdm-sees", sees)
+    lam = lam_of(tokens, args)
+    now, after, instruction = inputs(lam, tokens.data.train[:3])
+    codes = lam.latents(now, after, instruction)["ti"]
+    same = torch.allclose(lam.decoder(now, codes, instruction), lam.decoder(now + 1, codes, instruction))
+    assert same == (sees == "z")
+
+
+# ------------------------------------------------------------ the stages
+
+
+def test_frozen_means_frozen(new_run):
+    """Stage 2 leaves the codebook of stage 1 as it was, and moves its own."""
+    run, tokens, args = new_run("--lam-updates", 12)
+    stage_1 = univla.train_lam(run, tokens, args)
+    before = stage_1.books["ti"].entries.clone()
+    torch.manual_seed(args.seed + 3)
+    fresh = univla.LAM(tokens, args, stage_1)
+    lam = univla.train_lam(run, tokens, args, stage_1)
+    assert torch.equal(lam.books["ti"].entries, before)
+    assert not torch.equal(lam.books["tc"].entries, fresh.books["tc"].entries)
+    assert not torch.equal(lam.queries["ti"], fresh.queries["ti"]), "the queries of stage 1 train on"
+
+
+def test_one_batch_can_be_learnt_by_heart(new_run):
+    run, tokens, args = new_run(
+        "--lam-updates", 300, "--lam-lr", 3e-3, "--codebook", 16, "--width", 32, "--lam-batch", 16
+    )
+    tokens.data.train = tokens.data.train[::7][:4]
+    univla.train_lam(run, tokens, args, univla.train_lam(run, tokens, args))
+    for stage in ("ti", "tc"):
+        losses = [row["fdm_loss"] for row in rows_of(run.folder, stage)]
+        assert losses[-1] < 0.1 * losses[0], (stage, losses[0], losses[-1])
+
+
+def draw_toy(root: Path) -> Path:
+    """Two commands, "left" and "right": the agent (red, above) goes there; a distractor (blue, below) goes up
+    or down by chance, wherever it stands."""
+    make_data(root, length=12, episodes=24)
+    rng = np.random.default_rng(0)
+    meta = json.loads((root / "meta.json").read_text())
+    for shard in meta["shards"]:
+        folder = root / shard["shard"]
+        episode, step = np.load(folder / "episode.npy"), np.load(folder / "step.npy")
+        frames = np.zeros((len(episode), SIZE, SIZE, 3), np.uint8)
+        actions = np.zeros((len(episode), 2), np.float32)
+        for number in np.unique(episode):
+            rows = np.flatnonzero(episode == number)
+            sign = {"reach": -1, "push": 1}[shard["task"]]
+            x, y = int(rng.integers(16)), int(rng.integers(8))
+            for row in rows:
+                jump = int(rng.choice([-2, 2]))
+                actions[row] = sign, np.sign(jump)
+                frames[row, 2:6, (x + np.arange(4)) % 16] = (255, 0, 0)
+                frames[row, 8 + (y + np.arange(4)) % 8, 6:10] = (0, 0, 255)
+                x, y = (x + 2 * sign) % 16, (y + jump) % 8
+        assert step.max() < 64
+        np.save(folder / "frames.npy", frames)
+        np.save(folder / "actions.npy", actions)
+    meta["instructions"] = {"reach": "left", "push": "right"}
+    (root / "meta.json").write_text(json.dumps(meta))
+    return root
+
+
+def accuracy(latents: torch.Tensor, truth: np.ndarray) -> float:
+    """Of a nearest-mean classifier between -1 and 1, on the second half."""
+    z, half = latents.flatten(1).double().numpy(), len(truth) // 2
+    means = [z[:half][truth[:half] == sign].mean(0) for sign in (-1, 1)]
+    distance = [((z[half:] - mean) ** 2).sum(1) for mean in means]
+    return float((np.where(distance[0] < distance[1], -1, 1) == truth[half:]).mean())
+
+
+def test_stage_1_leaves_to_the_instruction_what_it_says(new_run, tmp_path):
+    """On a toy the codes of stage 1 hold the distractor, and the command only where no instruction is given."""
+    root = draw_toy(tmp_path / "toy")
+    found = {}
+    for text in ("words", "none"):
+        flags = "--codes 1 --codebook 4 --width 32 --blocks 2 2 --lam-updates 500 --lam-batch 32 --lam-lr 2e-3"
+        run, tokens, args = new_run(
+            *flags.split(), "--frame-gap", 1, "--text", text, "--labelled-episodes", 1, data=root
+        )
+        lam = univla.train_lam(run, tokens, args)
+        rows = np.random.default_rng(0).permutation(tokens.data.train)
+        entries = lam.books["ti"](univla.encode(lam, rows)["ti"])[0]
+        actions = tokens.data.columns["actions"][rows]
+        found[text] = [accuracy(entries.detach(), actions[:, dimension]) for dimension in (0, 1)]
+    command, distractor = found["words"]
+    assert distractor > 0.95 and command < 0.7, found
+    assert min(found["none"]) > 0.95, found
+
+
+@pytest.mark.parametrize("flags", ["", "--cloned ti", "--clone-as code", "--text none --fdm-sees z"])
+def test_from_end_to_end(made_up, tmp_path, flags):
+    args = parse(made_up, tmp_path / "run", *flags.split(), "--export")
+    univla.main(args)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    names = {"": "", "--cloned ti": "-ti", "--clone-as code": "-code", "--text none --fdm-sees z": "-z-no-language"}
+    assert summary["variant"] == "univla" + names[flags] and summary["script"] == "univla"
+    cloned = "ti" if "ti" in flags.split() else "tc"
+    assert summary["stages"] == ["ti", *["tc"] * (cloned == "tc"), "bc", "decoder"]
+    for probe in univla.PROBES:
+        assert summary[probe] == summary[f"{cloned}_{probe}"]
+        assert np.isfinite(summary[f"stage_1_ti_quantised_{probe}"])
+    assert 1 <= summary["ti_perplexity"] <= 4
+    frames = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    actions = {budget: univla.load_policy(tmp_path / "run", budget)(frames) for budget in ("1", "2")}
+    assert actions["1"].shape == (3, 4) and not np.array_equal(actions["1"], actions["2"])
+    assert (tmp_path / "run/latents.parquet").exists()
+    univla.main(parse(made_up, tmp_path / "run", *flags.split()))  # finished already
+    with pytest.raises(SystemExit, match="other arguments"):
+        univla.main(parse(made_up, tmp_path / "run", *flags.split(), "--codes", 3))
+
+
+def test_probes_are_of_one_task_at_a_time(new_run):
+    """Latents that hold the task and nothing else say nothing of actions that differ by task alone."""
+    _, tokens, _ = new_run()
+    data = tokens.data
+    found = list(data.probes_of_tasks())
+    assert len(found) == 2
+    for task, (_, train_rows, held_out_rows) in enumerate(found):
+        assert (data.task[train_rows] == task).all() and (data.task[held_out_rows] == task).all()
+        alone = Dataset(str(data.root), (TASKS[task],), frame_gap=data.frame_gap)
+        assert len(alone.train) == len(train_rows) and len(alone.held_out) == len(held_out_rows)
+
+
+def test_a_collapsed_codebook_is_said(new_run, capsys):
+    run, tokens, args = new_run("--cloned", "ti")
+    lam = univla.train_lam(run, tokens, args)
+    univla.summarise(run, tokens.data, args)
+    said = "has collapsed" in capsys.readouterr().out
+    assert said == (run.results("ti")["ti_perplexity"] < 1.5)
+    lam.books["ti"].entries.data[:] = 100 + torch.arange(4)[:, None]  # one is the nearest of all latents
+    assert univla.measure(lam, args)["ti_perplexity"] == pytest.approx(1)
+    run.training["ti"].results["ti_perplexity"] = 1.0
+    univla.summarise(run, tokens.data, args)
+    assert "the codebook has collapsed: ti_perplexity 1.00" in capsys.readouterr().out
+
+
+GOLDEN = {"ti": [0.0, 0.0], "tc": [0.0, 0.0]}
+
+
+def test_golden_step(new_run):
+    run, tokens, args = new_run("--lam-updates", 2)
+    univla.train_lam(run, tokens, args, univla.train_lam(run, tokens, args))
+    losses = {stage: [row["loss"] for row in rows_of(run.folder, stage)] for stage in GOLDEN}
+    for stage, values in GOLDEN.items():
+        assert losses[stage] == pytest.approx(values, abs=1e-4), losses
+
+
+def test_killed_and_resumed_equals_uninterrupted(made_up, tmp_path):
+    flags = [*SMALL.split(), "--lam-updates", 300, "--data", made_up]
+
+    def reached() -> bool:
+        path = tmp_path / "killed/metrics.jsonl"
+        return path.exists() and '"stage": "tc", "update": 250' in path.read_text()
+
+    kill_when(start_script("univla.py", *flags, "--out", "killed", cwd=tmp_path), reached)
+    assert torch.load(tmp_path / "killed/tc.pt", weights_only=True)["update"] == 200
+    for name in ("killed", "whole"):
+        result = run_script("univla.py", *flags, "--out", name, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole")]
+    hashes = [{name: stage["sha256"] for name, stage in each["per_stage"].items()} for each in summaries]
+    assert hashes[0] == hashes[1] and set(hashes[0]) == {"ti", "tc", "bc", "decoder_1", "decoder_2"}
+    assert summaries[0]["tc_action_probe_nmse"] == summaries[1]["tc_action_probe_nmse"]
+
+
+# ------------------------------------------------------------ pretrained parts, tiny and random
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_dino_gives_its_patch_tokens(tmp_path, registers):
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    if registers:
+        config = transformers.Dinov2WithRegistersConfig(**size, num_register_tokens=registers)
+        model = transformers.Dinov2WithRegistersModel(config)
+    else:
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**size))
+    model.save_pretrained(tmp_path / "dino")
+    dino = DINO(str(tmp_path / "dino"), torch.device("cpu"), size=30)
+    frames = torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8)
+    tokens = dino(frames)
+    assert tokens.shape == (2, 4, 16), "2 x 2 patches of 14 px in 28 px"
+    pixels = frames / 255
+    pixels = (pixels - torch.tensor(DINO_MEAN)[:, None, None]) / torch.tensor(DINO_STD)[:, None, None]
+    with torch.no_grad():
+        states = model.eval()(pixel_values=pixels).last_hidden_state
+    assert torch.allclose(tokens, states[:, 1 + registers :], atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in dino.model.parameters())
+
+
+DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_a_text_encoder_gives_its_states(tmp_path):
+    tokenizer = tiny_models.fast_tokenizer("<pad>", "</s>", pad_token="<pad>", eos_token="</s>")
+    size = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=len(tokenizer) + 10)
+    model = transformers.T5Model(transformers.T5Config(**size)).eval()
+    model.save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    texts = ["open the drawer", "push the puck to the goal"]
+    states = text_states(str(tmp_path / "t5"), texts)
+    assert states.shape[::2] == (2, 16)
+    for text, found in zip(texts, states):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            alone = model.encoder(input_ids=ids).last_hidden_state[0]
+        assert torch.allclose(found[: len(alone)], alone, atol=1e-5) and (found[len(alone) :] == 0).all()
+
+
+def test_pretrained_parts_from_end_to_end(made_up, tmp_path):
+    tiny_models.dinov2(tmp_path / "dino")
+    flags = ("--features", tmp_path / "dino", "--cloned", "ti", "--stages", "ti")
+    univla.main(parse(made_up, tmp_path / "run", *flags))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["variant"] == "univla-dino-ti" and np.isfinite(summary["ti_action_probe_nmse"])
+    weights = torch.load(tmp_path / "run/ti.pt", weights_only=True)["module"]
+    assert not any("model" in name for name in weights), "frozen weights are not in the checkpoint"
+
+
+# ------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--width 18 --heads 4", "--heads"),
+        ("--features nowhere", "is no folder"),
+        ("--text nowhere", "is no folder"),
+        ("--labelled-episodes 9", "from 1 to 4"),
+        ("--codebook 1", "at least 2"),
+        ("--tasks fly", "has no task"),
+    ],
+)
+def test_bad_flags_are_refused(made_up, tmp_path, flags, words):
+    with pytest.raises(SystemExit, match=words) as error:
+        univla.open_run(parse(made_up, tmp_path / "run", *flags.split()))
+    assert "\n" not in str(error.value)
+
+
+def test_videos_without_actions(tmp_path):
+    root = make_data(tmp_path / "videos", arrays=["frames", "episode", "step"])
+    result = run_script("univla.py", *SMALL.split(), "--data", root, "--out", "run", cwd=tmp_path)
+    assert "needs actions" in refusal(result)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["stages"] == ["ti", "tc", "bc"] and summary["action_probe_nmse"] is None
+
+
+def test_no_module_is_left_out_of_the_checkpoint(new_run):
+    """The instruction, both codebooks and their queries are trained and stored."""
+    _, tokens, args = new_run()
+    names = set(dict(lam_of(tokens, args).named_parameters()))
+    assert {"books.ti.entries", "queries.ti", "instruction.project.weight"} <= names
+    assert all(isinstance(module, nn.Module) for module in lam_of(tokens, args).children())

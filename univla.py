@@ -1,0 +1,505 @@
+"""UniVLA's latent actions: vector-quantised codes, first what language does not explain, then the task's.
+
+    python univla.py                               pixels' patches, word embeddings; the quick data set
+    python univla.py --data data/main              several tasks in one model
+    python univla.py --features facebook/dinov2-with-registers-base --text google-t5/t5-base
+    python univla.py --fdm-sees z                  the decoder sees the codes alone, not o_t
+    python univla.py --cloned ti                   the policy clones the task-irrelevant codes of stage 1
+    python univla.py paper --data data/paper       the published sizes, GPUs
+
+Stage 1 (ti) gives the instruction to encoder and decoder: what is left for the codes is task-irrelevant.
+Stage 2 (tc) has no instruction, keeps that codebook frozen, and learns task-centric codes beside it. Then a
+policy clones the codes and is decoded to actions by a handful of labelled episodes, as in lam_vlm.py.
+After Bu et al., arXiv 2505.06111; where this departs: docs/univla.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lam_vlm
+from common import at_least, fail, parse
+from common.actor import Actor, read_run
+from common.dataset import Dataset, chunks
+from common.device import average, average_gradients, pick_device
+from common.records import default_folder
+from common.runs import Run, one_cycle
+from common.shards import RANK, WORLD
+from common.tokens import Tokens
+from lam_vlm import restore_policy, train_bc, train_decoder
+
+
+@dataclass
+class Args:
+    data: str = "data/quick"
+    """folder of the data set that collect.py or import_videos.py wrote"""
+    tasks: tuple[str, ...] = ()
+    """tasks of the data set to train on, one model for all of them; none given: all"""
+    features: str = "pixels"
+    """pixels: 8 x 8 raw patches; or hub id or folder of a DINOv2, whose patch tokens are predicted"""
+    text: str = "words"
+    """instruction of stage 1: words (learnt embeddings), none, or hub id or folder of a text encoder"""
+    fdm_sees: Literal["frame", "z"] = "frame"
+    """what the decoder sees besides the codes: the tokens of o_t (published), or nothing; DETAIL 4"""
+    cloned: Literal["tc", "ti"] = "tc"
+    """codes that the policy clones: task-centric, or the task-irrelevant ones (then stage 2 is left out)"""
+    clone_as: Literal["latent", "code"] = "latent"
+    """the policy regresses the latents before they are quantised, or predicts the codes"""
+    labelled_episodes: tuple[str, ...] = ("4",)
+    """label budgets: episodes a task whose true actions may be used, or `all`; each has its decoder"""
+    frame_gap: int = 1
+    """steps between the two frames of a transition"""
+    codes: int = 4
+    """codes a transition, task-irrelevant and task-centric each"""
+    codebook: int = 16
+    """entries of a codebook"""
+    code_dim: int = 128
+    """dimensions of an entry"""
+    width: int = 128
+    """width of the transformers"""
+    heads: int = 4
+    """attention heads"""
+    blocks: tuple[int, int] = (3, 2)
+    """transformer blocks of the encoder and of the decoder"""
+    stages: tuple[Literal["ti", "tc", "bc", "decoder"], ...] = ("ti", "tc", "bc", "decoder")
+    """stages to run, with those that they need; a finished one is skipped"""
+    lam_updates: int = 1000
+    """updates of stage 1, and of stage 2"""
+    lam_batch: int = 64
+    """transitions an update of stages 1 and 2"""
+    lam_lr: float = 3e-4
+    """peak learning rate of stages 1 and 2, AdamW under a one-cycle schedule"""
+    widths: tuple[int, ...] = (32, 64)
+    """channels of the policy's convolutional blocks"""
+    stem: int = 4
+    """stride of the policy's first block; the others have 2"""
+    bc_updates: int = 1500
+    """updates of the policy"""
+    decoder_updates: int = 2500
+    """updates of the action decoder"""
+    batch_size: int = 128
+    """frames an update of policy and action decoder"""
+    lr: float = 1e-3
+    """peak learning rate of policy and action decoder"""
+    probe_fraction: float = 0.2
+    """fraction of a task's episodes, the last ones, that no stage trains on: the probes are measured there"""
+    device: str = "auto"
+    """cuda, cpu, or auto"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """arithmetic of training, weights stay float32; auto: bfloat16 where the hardware has it"""
+    seed: int = 0
+    """seed of weights, batches and the choice of the labelled episodes"""
+    variant: str = ""
+    """name under which eval.py groups the seeds of one method; empty: univla, univla-z, univla-ti, ..."""
+    out: str = ""
+    """folder of the run; empty: runs/<variant>_<tasks>_s<seed>, and the data set's name if not quick"""
+    export: bool = False
+    """also write runs/<name>/latents.parquet: the latent action of every transition"""
+
+
+QUICK = Args()
+PAPER = Args(
+    data="data/paper",
+    features="facebook/dinov2-with-registers-base",
+    text="google-t5/t5-base",
+    labelled_episodes=("32",),
+    frame_gap=80,  # about a second, at MetaWorld's 80 Hz
+    width=768,
+    heads=12,
+    blocks=(12, 12),
+    lam_updates=100_000,
+    lam_batch=512,
+    lam_lr=1e-4,
+    widths=(96, 192, 192),
+    stem=2,
+    bc_updates=100_000,
+    batch_size=512,
+    lr=1e-4,
+    probe_fraction=0.02,
+)
+PRESETS = {"quick": QUICK, "paper": PAPER}
+RESTART = 100  # updates after which an entry that was never chosen is replaced
+CLIP = 0.1  # bound of the gradient's norm in stages 1 and 2
+WEIGHT_DECAY = 1e-2
+PROBES = ("action_probe_nmse", "leak_probe_r2")
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+class Codebook(nn.Module):
+    """Vector quantiser: z (B, codes, code_dim) -> the nearest entries, with a straight-through gradient."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.entries = nn.Parameter(torch.randn(args.codebook, args.code_dim))
+        self.register_buffer("idle", torch.zeros(args.codebook))  # updates since an entry was chosen
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """(B, codes) int64"""
+        return torch.cdist(z.float().flatten(0, 1), self.entries).argmin(1).view(z.shape[:2])
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The entries, codebook loss, commitment loss, and the codes (B, codes)."""
+        codes = self.nearest(z)
+        entries = self.entries[codes]
+        codebook_loss, commitment_loss = F.mse_loss(entries, z.detach()), F.mse_loss(z, entries.detach())
+        return z + (entries - z).detach(), codebook_loss, commitment_loss, codes
+
+    @torch.no_grad()
+    def restart(self, z: Tensor, share: Tensor) -> None:
+        """Replaces entries that were idle for RESTART updates by outputs of this batch.
+
+        Under torchrun those are averaged over the ranks, so that all keep the same entries.
+        """
+        self.idle.copy_(torch.where(share > 0, 0, self.idle + 1))
+        dead = self.idle >= RESTART
+        pick = torch.randint(z.shape[0] * z.shape[1], dead.shape).to(z.device)
+        outputs = average(z.float().flatten(0, 1)[pick])
+        self.entries.copy_(torch.where(dead[:, None], outputs, self.entries))
+        self.idle.masked_fill_(dead, 0)
+
+
+def shares(codes: Tensor, codebook: int) -> Tensor:
+    """How often each entry is chosen, (codebook,), over all ranks."""
+    return average(F.one_hot(codes.flatten(), codebook).float().mean(0))
+
+
+def perplexity(share: Tensor) -> Tensor:
+    """exp of the entropy of the shares: 1 if all codes are the same, at most the size of the codebook."""
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+
+
+def transformer(args: Args, blocks: int) -> nn.TransformerEncoder:
+    width, like = args.width, {"activation": "gelu", "batch_first": True, "norm_first": True}
+    block = nn.TransformerEncoderLayer(width, args.heads, 4 * width, dropout=0, **like)
+    return nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+class Instruction(nn.Module):
+    """Word numbers (B, L), or states of a frozen text encoder (B, L, D) -> tokens (B, L, width)."""
+
+    def __init__(self, tokens: Tokens, width: int):
+        super().__init__()
+        if tokens.words:
+            self.project = nn.Embedding(tokens.words, width)
+        else:
+            self.project = nn.Linear(tokens.text_dim, width)
+        self.place = nn.Parameter(0.02 * torch.randn(tokens.texts.shape[1], width))
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.project(text) + self.place
+
+
+class Encoder(nn.Module):
+    """Inverse model: tokens of o_t and o_{t+k} (B, N, D), queries (Q, width) -> latents (B, Q, code_dim).
+
+    Causal in time: the instruction sees itself, o_t it and itself, o_{t+k} both, the queries everything.
+    """
+
+    def __init__(self, tokens: Tokens, args: Args):
+        super().__init__()
+        patches, dim = tokens.shape
+        self.project = nn.Linear(dim, args.width)
+        self.place = nn.Parameter(0.02 * torch.randn(2, patches, args.width))  # and time
+        self.blocks = transformer(args, args.blocks[0])
+        self.out = nn.Linear(args.width, args.code_dim)
+
+    def forward(self, now: Tensor, after: Tensor, queries: Tensor, instruction: Tensor) -> Tensor:
+        frames = [self.project(now) + self.place[0], self.project(after) + self.place[1]]
+        parts = [instruction, *frames, queries.expand(len(now), -1, -1)]
+        order = torch.cat([torch.full((part.shape[1],), number) for number, part in enumerate(parts)])
+        hidden = (order[:, None] < order[None]).to(now.device)  # (T, T): what comes later is not seen
+        states = self.blocks(torch.cat(parts, 1), mask=hidden)
+        return self.out(states[:, -len(queries) :])
+
+
+class TokenDecoder(nn.Module):
+    """Forward model: codes (B, Q, code_dim), tokens of o_t or nothing -> their change (B, N, D)."""
+
+    def __init__(self, tokens: Tokens, args: Args):
+        super().__init__()
+        patches, dim = tokens.shape
+        if args.fdm_sees == "frame":
+            self.project = nn.Linear(dim, args.width)
+        self.sees_frame = args.fdm_sees == "frame"
+        self.project_codes = nn.Linear(args.code_dim, args.width)
+        self.place = nn.Parameter(0.02 * torch.randn(patches, args.width))
+        self.blocks = transformer(args, args.blocks[1])
+        self.out = nn.Linear(args.width, dim)
+
+    def forward(self, now: Tensor, codes: Tensor, instruction: Tensor) -> Tensor:
+        patches = self.place.expand(len(now), -1, -1)
+        if self.sees_frame:
+            patches = patches + self.project(now)
+        states = self.blocks(torch.cat([patches, self.project_codes(codes), instruction], 1))
+        return self.out(states[:, : patches.shape[1]])
+
+
+class LAM(nn.Module):
+    """Stage 1: task-irrelevant codes (TI), with the instruction. Stage 2, given stage 1: TI and TC, without.
+
+    Of stage 1 the queries and the codebook, which is frozen, are kept; encoder and decoder start again.
+    """
+
+    def __init__(self, tokens: Tokens, args: Args, stage_1: LAM | None = None):
+        super().__init__()
+        for name, value in tokens.statistics().items():  # mean, std, change_mean, change_std
+            self.register_buffer(name, value)
+        self.register_buffer("latent_std", torch.ones(()))  # of the latents to clone, set at the end
+        self.tokens = [tokens]  # a list hides it from the checkpoint
+        self.encoder = Encoder(tokens, args)
+        self.decoder = TokenDecoder(tokens, args)
+        self.books = nn.ModuleDict({"ti": Codebook(args)})
+        self.queries = nn.ParameterDict({"ti": 0.02 * torch.randn(args.codes, args.width)})
+        self.instruction = None
+        if stage_1 is not None:
+            self.books["ti"].load_state_dict(stage_1.books["ti"].state_dict())
+            self.books["ti"].requires_grad_(False)
+            self.queries["ti"].data.copy_(stage_1.queries["ti"])
+            self.books["tc"] = Codebook(args)
+            self.queries["tc"] = nn.Parameter(0.02 * torch.randn(args.codes, args.width))
+        elif args.text != "none":
+            self.instruction = Instruction(tokens, args.width)
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """The instruction's tokens (B, L, width) of each row; L = 0 without one."""
+        if self.instruction is None:
+            return self.mean.new_zeros(len(rows), 0, self.encoder.project.out_features)
+        return self.instruction(self.tokens[0].text(rows))
+
+    def standardise(self, patches: Tensor) -> Tensor:
+        return (patches - self.mean) / self.std
+
+    def latents(self, now: Tensor, after: Tensor, instruction: Tensor) -> dict[str, Tensor]:
+        """{"ti", "tc": (B, codes, code_dim)} before quantisation, of standardised tokens."""
+        z = self.encoder(now, after, torch.cat(list(self.queries.values())), instruction)
+        return dict(zip(self.books, z.chunk(len(self.books), 1)))
+
+
+# ---------------------------------------------------------------------------------------- stages
+
+
+def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) -> LAM:
+    """Stage 1 ("ti") or, given it, stage 2 ("tc"): codes from which the change of the tokens is predicted."""
+    stage, number = ("ti", 0) if stage_1 is None else ("tc", 3)
+    torch.manual_seed(args.seed + number)
+    data, gap = tokens.data, args.frame_gap
+    lam = LAM(tokens, args, stage_1).to(run.device)
+    optimizer, schedule = one_cycle(lam, args.lam_lr, WEIGHT_DECAY, args.lam_updates)
+
+    for step in run.steps(stage, lam, optimizer, schedule, args.lam_updates):
+        t = step.rng.choice(data.train, args.lam_batch)[run.share]
+        patches_now, patches_after = tokens.patches(t), tokens.patches(t + gap)
+        now, after = lam.standardise(patches_now), lam.standardise(patches_after)
+        change = (patches_after - patches_now - lam.change_mean) / lam.change_std
+        with run.autocast():
+            instruction = lam.read(t)
+            latents = lam.latents(now, after, instruction)
+            entries, codebook_loss, commitment_loss = [], 0, 0
+            for name, z in latents.items():
+                of_book, codebook, commitment, codes = lam.books[name](z)
+                entries.append(of_book)
+                commitment_loss = commitment_loss + commitment
+                share = shares(codes, args.codebook)
+                if name == stage:  # in stage 2 the codebook of stage 1 is frozen
+                    codebook_loss, used = codebook, share
+                step.log(**{f"{name}_perplexity": perplexity(share), f"{name}_unused": (share == 0).sum()})
+            prediction = lam.decoder(now, torch.cat(entries, 1), instruction)
+            fdm_loss = F.mse_loss(prediction, change)
+            loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(lam)
+        nn.utils.clip_grad_norm_(lam.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        lam.books[stage].restart(latents[stage], used)
+        step.log(loss=loss, fdm_loss=fdm_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss)
+
+    measured = {}
+    if not run.finished(stage):
+        lam.eval()
+        sample = data.train[:: max(1, len(data.train) // 10_000)]
+        lam.latent_std.copy_(encode(lam, sample)[stage].std())
+        measured = measure(lam, args)
+    run.finish(stage, **measured)
+    return lam
+
+
+@torch.no_grad()
+def encode(lam: LAM, rows: np.ndarray) -> dict[str, Tensor]:
+    """`LAM.latents` of the transitions rows -> rows + frame_gap, (N, codes, code_dim) each."""
+    (tokens,) = lam.tokens
+    found = []
+    for part in chunks(rows):
+        now, after = tokens.patches(part), tokens.patches(part + tokens.data.frame_gap)
+        found.append(lam.latents(lam.standardise(now), lam.standardise(after), lam.read(part)))
+    return {name: torch.cat([latents[name] for latents in found]).float() for name in lam.books}
+
+
+@torch.no_grad()
+def measure(lam: LAM, args: Args) -> dict[str, float]:
+    """Perplexities, and probes of latents and of their entries, a task at a time, mean over tasks.
+
+    Probes of all tasks at once would read the task off the latents.
+    """
+    values = defaultdict(list)
+    for probes, train_rows, held_out_rows in lam.tokens[0].data.probes_of_tasks():
+        train, held_out = encode(lam, train_rows), encode(lam, held_out_rows)
+        for name, book in lam.books.items():
+            pairs = {name: (train[name], held_out[name])}
+            pairs[f"{name}_quantised"] = tuple(book(z)[0] for z in pairs[name])
+            for kind, pair in pairs.items():
+                measured = probes.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
+                for probe in PROBES:
+                    values[f"{kind}_{probe}"].append(measured[probe])
+            share = shares(book.nearest(held_out[name]), args.codebook)
+            values[f"{name}_perplexity"].append(float(perplexity(share)))
+    return {name: float(np.mean(found)) for name, found in values.items() if None not in found}
+
+
+def what_to_clone(lam: LAM, data: Dataset, args: Args) -> Tensor:
+    """The policy's targets (N, D) at the training rows: latents in their natural scale, or codes, one-hot."""
+    latents = encode(lam, data.train)[args.cloned]
+    if args.clone_as == "code":
+        codes = lam.books[args.cloned].nearest(latents)
+        return F.one_hot(codes, args.codebook).float().flatten(1)
+    return latents.flatten(1) / lam.latent_std
+
+
+def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Actor:
+    """The policy of a finished run: observation -> action; as lam_vlm.load_policy."""
+    folder = Path(run_dir)
+    stored, summary, labelled = read_run(folder, labelled)
+    args = Args(**stored)
+    width = args.codes * args.code_dim
+    if args.clone_as == "code":
+        width = args.codes * args.codebook
+    return restore_policy(folder, summary, labelled, policy_args(args), width, device)
+
+
+# ---------------------------------------------------------------------------------------- program
+
+
+def policy_args(args: Args) -> lam_vlm.Args:
+    """What stages 2 and 3 of lam_vlm.py take; what is no flag here is its default."""
+    names = ("widths", "stem", "bc_updates", "decoder_updates", "batch_size", "lr", "seed")
+    values = {name: getattr(args, name) for name in names}
+    return lam_vlm.Args(decoder_lr=args.lr, weight_decay=WEIGHT_DECAY, **values)
+
+
+def default_variant(args: Args, data: Dataset) -> str:
+    """univla, univla-z, univla-no-language, univla-ti, univla-code, ..., -clean-data."""
+    name = "univla"
+    if args.features != "pixels":
+        name += f"-{Path(args.features).name}"
+    if args.fdm_sees == "z":
+        name += "-z"
+    if args.text == "none":
+        name += "-no-language"
+    if args.cloned == "ti":
+        name += "-ti"
+    if args.clone_as == "code":
+        name += "-code"
+    if data.meta["env"] is not None and data.meta["env"]["videos"] == "none":
+        name += "-clean-data"
+    return name
+
+
+def parse_args(arguments: list[str]) -> Args:
+    args = parse(PRESETS, arguments, __doc__)
+    at_least(0, args, "seed")
+    at_least(1, args, "frame_gap", "codes", "code_dim", "width", "heads", "stem", "lam_batch", "batch_size")
+    at_least(1, args, "lam_updates", "bc_updates", "decoder_updates")
+    at_least(2, args, "codebook")
+    if not 0 < args.probe_fraction < 1:
+        fail("--probe-fraction lies between 0 and 1")
+    if args.width % args.heads:
+        fail(f"--width {args.width} can not be divided among --heads {args.heads}")
+    for name in ("batch_size", "lam_batch"):
+        if getattr(args, name) % WORLD:
+            fail(f"--{name.replace('_', '-')} can not be divided among {WORLD} ranks")
+    return args
+
+
+def open_run(args: Args) -> tuple[Run, Tokens]:
+    """Loads the data, locks runs/<name>/ and refuses it if it holds a run of other arguments."""
+    device, dtype = pick_device(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    split = {"probe_fraction": args.probe_fraction, "seed": args.seed}
+    data = Dataset(args.data, args.tasks, frame_gap=args.frame_gap, **split, device=device)
+    if data.action_dim is not None:
+        for budget in args.labelled_episodes:
+            data.labelled(budget)
+    args.tasks = data.tasks
+    args.variant = args.variant or default_variant(args, data)
+    args.out = args.out or default_folder(args.variant, args.tasks, args.seed, args.data)
+    tokens = Tokens(data, args.features, args.text)
+    run = Run(Path(args.out), ("ti", "tc", "bc", "decoder"), args.seed, device, dtype)
+    identity = asdict(args)
+    for name in ("stages", "device", "out", "variant", "export", "labelled_episodes"):
+        del identity[name]  # they do not decide what is trained, or have files of their own
+    run.claim(asdict(args), identity, data.hash)
+    if RANK == 0:
+        print(data.describe())
+    return run, tokens
+
+
+def summarise(run: Run, data: Dataset, args: Args) -> None:
+    """summary.json and curves.png of the stages that are done; a codebook that collapsed is said."""
+    names = {"script": "univla", "variant": args.variant, "default_variant": default_variant(args, data)}
+    stage_1 = {f"stage_1_{name}": value for name, value in run.results("ti").items()}
+    measured = run.results("ti") | run.results("tc")
+    probes = {name: measured.get(f"{args.cloned}_{name}") for name in PROBES}
+    run.summarise(stage_1 | measured | probes | names | data.record())
+    for name, value in measured.items():
+        if RANK == 0 and name.endswith("perplexity") and value < 1.5:
+            print(f"the codebook has collapsed: {name} {value:.2f}")
+
+
+def main(args: Args) -> None:
+    run, tokens = open_run(args)
+    data = tokens.data
+
+    # stage 1: codes of what the instruction does not explain
+    lam = train_lam(run, tokens, args)
+
+    # stage 2: codes of the task beside them
+    if args.cloned == "tc" and args.stages != ("ti",):
+        lam = train_lam(run, tokens, args, lam)
+
+    # stage 3: a policy that predicts latent actions from distracted frames, as in lam_vlm.py
+    if "bc" in args.stages or "decoder" in args.stages:
+        targets = what_to_clone(lam, data, args)
+        policy = train_bc(run, data, policy_args(args), data.train, targets)
+
+    # stage 4: true actions from the policy's output, learnt from a handful of labelled episodes
+    if "decoder" in args.stages and data.action_dim is not None:
+        for budget in args.labelled_episodes:
+            train_decoder(run, data, policy_args(args), policy, budget)
+
+    if args.export:
+        rows = np.sort(np.concatenate([data.train, data.held_out]))
+        latents = encode(lam, rows)[args.cloned].flatten(1)
+        data.export_latents(rows, latents, run.folder / "latents.parquet")
+    summarise(run, data, args)
+    run.close()
+    if "decoder" in args.stages and data.action_dim is None:
+        fail(f"the action decoder needs actions, and {args.data} has none; the rest is in {run.folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on from the last checkpoint")
