@@ -127,7 +127,8 @@ PAPER = Args(
     probe_fraction=0.02,
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
-RESTART = 100  # updates after which an entry that was never chosen is replaced
+WARMUP = 0.2  # share of the updates of stages 1 and 2 before latents are quantised
+RESTART = 20  # updates after which an entry that was never chosen is replaced
 CLIP = 0.1  # bound of the gradient's norm in stages 1 and 2
 WEIGHT_DECAY = 1e-2
 PROBES = ("action_probe_nmse", "leak_probe_r2")
@@ -142,7 +143,7 @@ class Codebook(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         self.entries = nn.Parameter(torch.randn(args.codebook, args.code_dim))
-        self.register_buffer("idle", torch.zeros(args.codebook))  # updates since an entry was chosen
+        self.register_buffer("idle", torch.full((args.codebook,), RESTART))  # updates since it was chosen
 
     def nearest(self, z: Tensor) -> Tensor:
         """(B, codes) int64"""
@@ -210,13 +211,15 @@ class Encoder(nn.Module):
         super().__init__()
         patches, dim = tokens.shape
         self.project = nn.Linear(dim, args.width)
+        self.project_difference = nn.Linear(dim, args.width)
         self.place = nn.Parameter(0.02 * torch.randn(2, patches, args.width))  # and time
         self.blocks = transformer(args, args.blocks[0])
         self.out = nn.Linear(args.width, args.code_dim)
 
     def forward(self, now: Tensor, after: Tensor, queries: Tensor, instruction: Tensor) -> Tensor:
-        frames = [self.project(now) + self.place[0], self.project(after) + self.place[1]]
-        parts = [instruction, *frames, queries.expand(len(now), -1, -1)]
+        first = self.project(now) + self.place[0]
+        second = self.project(after) + self.project_difference(after - now) + self.place[1]
+        parts = [instruction, first, second, queries.expand(len(now), -1, -1)]
         order = torch.cat([torch.full((part.shape[1],), number) for number, part in enumerate(parts)])
         hidden = (order[:, None] < order[None]).to(now.device)  # (T, T): what comes later is not seen
         states = self.blocks(torch.cat(parts, 1), mask=hidden)
@@ -305,17 +308,17 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
         with run.autocast():
             instruction = lam.read(t)
             latents = lam.latents(now, after, instruction)
-            entries, codebook_loss, commitment_loss = [], 0, 0
-            for name, z in latents.items():
-                of_book, codebook, commitment, codes = lam.books[name](z)
-                entries.append(of_book)
-                commitment_loss = commitment_loss + commitment
-                share = shares(codes, args.codebook)
-                if name == stage:  # in stage 2 the codebook of stage 1 is frozen
-                    codebook_loss, used = codebook, share
-                step.log(**{f"{name}_perplexity": perplexity(share), f"{name}_unused": (share == 0).sum()})
-            prediction = lam.decoder(now, torch.cat(entries, 1), instruction)
-            fdm_loss = F.mse_loss(prediction, change)
+            entries, codebook_loss, commitment_loss, codes = lam.books[stage](latents[stage])
+            share = shares(codes, args.codebook)
+            if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
+                entries, share = latents[stage], 0 * share
+                codebook_loss, commitment_loss = 0 * codebook_loss, 0 * commitment_loss
+            step.log(perplexity=perplexity(share), unused=(share == 0).sum())
+            if stage == "tc":  # beside those of the frozen codebook
+                ti_entries, _, ti_commitment_loss, _ = lam.books["ti"](latents["ti"])
+                entries = torch.cat([ti_entries, entries], 1)
+                commitment_loss = commitment_loss + ti_commitment_loss
+            fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
             loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
         optimizer.zero_grad()
         loss.backward()
@@ -323,7 +326,7 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
         nn.utils.clip_grad_norm_(lam.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-        lam.books[stage].restart(latents[stage], used)
+        lam.books[stage].restart(latents[stage], share)
         step.log(loss=loss, fdm_loss=fdm_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss)
 
     measured = {}

@@ -37,9 +37,10 @@ PROBES = 5  # times that a stage measures its probes
 
 
 class Step:
-    """One update. `rng` draws its batch; `probe_due` says whether the stage measures its probes now."""
+    """Update number `update`. `rng` draws its batch; `probe_due`: the stage measures its probes now."""
 
-    def __init__(self, rng: np.random.Generator, probe_due: bool):
+    def __init__(self, update: int, rng: np.random.Generator, probe_due: bool):
+        self.update = update
         self.rng = rng
         self.probe_due = probe_due
         self.values = {}
@@ -130,7 +131,8 @@ class Run:
             done = update + 1
             last = done == updates
             torch.manual_seed(1_000_003 * self.seed + 10**7 * number + update + 10**12 * RANK)
-            step = Step(np.random.default_rng([self.seed, number, update]), last or done % probe_every == 0)
+            rng = np.random.default_rng([self.seed, number, update])
+            step = Step(update, rng, probe_due=last or done % probe_every == 0)
             yield step
 
             bar.update()

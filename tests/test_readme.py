@@ -24,11 +24,13 @@ import eval as evaluate
 import import_videos
 import lam_vlm
 import linear_lam
+import univla
 
 SCRIPTS = {
     "collect.py": collect,
     "import_videos.py": import_videos,
     "lam_vlm.py": lam_vlm,
+    "univla.py": univla,
     "eval.py": evaluate,
     "linear_lam.py": linear_lam,
 }
@@ -38,11 +40,12 @@ CUT = {
     "collect.py": "--episodes-per-task 3 --shard-episodes 3 --size 32 --workers 1",
     "import_videos.py": "--size 32",
     "lam_vlm.py": "--lam-updates 2 --bc-updates 2 --decoder-updates 2 --batch-size 4 --widths 8 16",
+    "univla.py": "--lam-updates 2 --bc-updates 2 --decoder-updates 2 --lam-batch 4 --batch-size 4 --width 16",
     "eval.py": "--episodes 1 --envs 1 --workers 1 --media 1",
     "linear_lam.py": "--updates 5 --restarts 1",
 }
 # what a command that is only parsed needs: a GPU's hours, several processes, weights, a download, other runs
-NEEDS = ("paper", "torchrun", "KEY", "davis", "runs/", "/work", "user/name", "lerobot")
+NEEDS = ("paper", "torchrun", "KEY", "davis", "runs/", "/work", "user/name", "lerobot", "data/main")
 NEEDS += ("allenai", "Molmo", "llava", "SmolVLM", "facebook", "openai", "google", "Qwen", "--help")
 
 
@@ -86,7 +89,7 @@ def parse(script: str, flags: list[str]) -> object:
 def cut(script: str, flags: list[str]) -> list[str]:
     """The same command at its smallest size: of a flag that is given twice, the last value counts."""
     flags = flags + CUT[script].split()
-    if script == "lam_vlm.py" and "all" not in flags:
+    if script in ("lam_vlm.py", "univla.py") and "all" not in flags:
         flags += ["--labelled-episodes", "1"]  # of the two that the small data sets have
     if script == "eval.py" and "--labelled" in flags:
         flags += ["--labelled", "1"]

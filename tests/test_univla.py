@@ -89,6 +89,8 @@ def test_entries_that_are_never_chosen_start_again(monkeypatch):
     monkeypatch.setattr(univla, "RESTART", 3)
     book = book_of([[0.0, 0.0], [50.0, 50.0]])
     z = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    assert (book.idle >= 3).all(), "a new book starts with outputs of the first batch"
+    book.idle.zero_()
     for update in range(3):
         assert book.entries.tolist() == [[0, 0], [50, 50]], update
         book.restart(z, shares(book.nearest(z), 2))
@@ -118,7 +120,8 @@ def test_the_encoder_is_causal_in_time(new_run):
     seen = []
     lam.encoder.blocks.register_forward_hook(lambda module, given, states: seen.append(states))
     first = lam.latents(now, after, instruction)["ti"]
-    others = [(now, after + 1, instruction), (now + 1, after, instruction), (now, after, instruction + 1)]
+    words_changed = instruction + torch.randn_like(instruction)
+    others = [(now, after + 1, instruction), (now + 1, after, instruction), (now, after, words_changed)]
     changed = [lam.latents(*other)["ti"] for other in others]
     assert all(not torch.allclose(first, other) for other in changed)
     words, patches = instruction.shape[1], now.shape[1]
@@ -196,7 +199,8 @@ def test_one_batch_can_be_learnt_by_heart(new_run):
     run, tokens, args = new_run(
         "--lam-updates", 300, "--lam-lr", 3e-3, "--codebook", 16, "--width", 32, "--lam-batch", 16
     )
-    tokens.data.train = tokens.data.train[::7][:4]
+    of_task = [rows[:2] for _, rows, _ in tokens.data.probes_of_tasks()]
+    tokens.data.train = np.concatenate(of_task)
     univla.train_lam(run, tokens, args, univla.train_lam(run, tokens, args))
     for stage in ("ti", "tc"):
         losses = [row["fdm_loss"] for row in rows_of(run.folder, stage)]
@@ -204,30 +208,27 @@ def test_one_batch_can_be_learnt_by_heart(new_run):
 
 
 def draw_toy(root: Path) -> Path:
-    """Two commands, "left" and "right": the agent (red, above) goes there; a distractor (blue, below) goes up
-    or down by chance, wherever it stands."""
+    """Two commands, "up" and "down": from an even step to the next the agent's patches (above) get brighter
+    or darker accordingly, those of a distractor (below) by chance."""
     make_data(root, length=12, episodes=24)
     rng = np.random.default_rng(0)
     meta = json.loads((root / "meta.json").read_text())
     for shard in meta["shards"]:
         folder = root / shard["shard"]
-        episode, step = np.load(folder / "episode.npy"), np.load(folder / "step.npy")
-        frames = np.zeros((len(episode), SIZE, SIZE, 3), np.uint8)
-        actions = np.zeros((len(episode), 2), np.float32)
-        for number in np.unique(episode):
-            rows = np.flatnonzero(episode == number)
-            sign = {"reach": -1, "push": 1}[shard["task"]]
-            x, y = int(rng.integers(16)), int(rng.integers(8))
-            for row in rows:
-                jump = int(rng.choice([-2, 2]))
-                actions[row] = sign, np.sign(jump)
-                frames[row, 2:6, (x + np.arange(4)) % 16] = (255, 0, 0)
-                frames[row, 8 + (y + np.arange(4)) % 8, 6:10] = (0, 0, 255)
-                x, y = (x + 2 * sign) % 16, (y + jump) % 8
-        assert step.max() < 64
+        step = np.load(folder / "step.npy")
+        frames = np.zeros((len(step), SIZE, SIZE, 3), np.uint8)
+        actions = np.zeros((len(step), 2), np.float32)
+        for row in range(len(step)):
+            if step[row] % 2 == 0:
+                agent, distractor = rng.integers(60, 196, 2)
+                actions[row] = {"reach": 1, "push": -1}[shard["task"]], rng.choice([-1, 1])
+            else:
+                agent, distractor = (agent, distractor) + 40 * actions[row - 1].astype(int)
+            frames[row, 2:6, 2:14] = agent
+            frames[row, 8:14, 2:14] = distractor
         np.save(folder / "frames.npy", frames)
         np.save(folder / "actions.npy", actions)
-    meta["instructions"] = {"reach": "left", "push": "right"}
+    meta["instructions"] = {"reach": "up", "push": "down"}
     (root / "meta.json").write_text(json.dumps(meta))
     return root
 
@@ -241,22 +242,24 @@ def accuracy(latents: torch.Tensor, truth: np.ndarray) -> float:
 
 
 def test_stage_1_leaves_to_the_instruction_what_it_says(new_run, tmp_path):
-    """On a toy the codes of stage 1 hold the distractor, and the command only where no instruction is given."""
+    """On a toy the codes hold the distractor, and not the command, which the instruction says."""
     root = draw_toy(tmp_path / "toy")
-    found = {}
+    found, losses = {}, {}
     for text in ("words", "none"):
-        flags = "--codes 1 --codebook 4 --width 32 --blocks 2 2 --lam-updates 500 --lam-batch 32 --lam-lr 2e-3"
+        flags = "--codes 1 --codebook 4 --width 32 --lam-updates 500 --lam-batch 32 --lam-lr 3e-3"
         run, tokens, args = new_run(
             *flags.split(), "--frame-gap", 1, "--text", text, "--labelled-episodes", 1, data=root
         )
+        tokens.data.train = tokens.data.train[tokens.data.columns["step"][tokens.data.train] % 2 == 0]
         lam = univla.train_lam(run, tokens, args)
+        losses[text] = rows_of(run.folder, "ti")[-1]["fdm_loss"]
         rows = np.random.default_rng(0).permutation(tokens.data.train)
         entries = lam.books["ti"](univla.encode(lam, rows)["ti"])[0]
         actions = tokens.data.columns["actions"][rows]
         found[text] = [accuracy(entries.detach(), actions[:, dimension]) for dimension in (0, 1)]
     command, distractor = found["words"]
-    assert distractor > 0.95 and command < 0.7, found
-    assert min(found["none"]) > 0.95, found
+    assert distractor > 0.95 and command < 0.6, found
+    assert losses["words"] < 0.05 and losses["none"] > 0.1, losses
 
 
 @pytest.mark.parametrize("flags", ["", "--cloned ti", "--clone-as code", "--text none --fdm-sees z"])
@@ -264,7 +267,12 @@ def test_from_end_to_end(made_up, tmp_path, flags):
     args = parse(made_up, tmp_path / "run", *flags.split(), "--export")
     univla.main(args)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    names = {"": "", "--cloned ti": "-ti", "--clone-as code": "-code", "--text none --fdm-sees z": "-z-no-language"}
+    names = {
+        "": "",
+        "--cloned ti": "-ti",
+        "--clone-as code": "-code",
+        "--text none --fdm-sees z": "-z-no-language",
+    }
     assert summary["variant"] == "univla" + names[flags] and summary["script"] == "univla"
     cloned = "ti" if "ti" in flags.split() else "tc"
     assert summary["stages"] == ["ti", *["tc"] * (cloned == "tc"), "bc", "decoder"]
@@ -306,7 +314,7 @@ def test_a_collapsed_codebook_is_said(new_run, capsys):
     assert "the codebook has collapsed: ti_perplexity 1.00" in capsys.readouterr().out
 
 
-GOLDEN = {"ti": [0.0, 0.0], "tc": [0.0, 0.0]}
+GOLDEN = {"ti": [1.26938, 1.27915], "tc": [1.49594, 1.56096]}
 
 
 def test_golden_step(new_run):
@@ -364,6 +372,7 @@ DINO_MEAN, DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def test_a_text_encoder_gives_its_states(tmp_path):
     tokenizer = tiny_models.fast_tokenizer("<pad>", "</s>", pad_token="<pad>", eos_token="</s>")
+    tokenizer.padding_side = "right"
     size = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, vocab_size=len(tokenizer) + 10)
     model = transformers.T5Model(transformers.T5Config(**size)).eval()
     model.save_pretrained(tmp_path / "t5")
