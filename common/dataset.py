@@ -249,7 +249,7 @@ class Dataset:
         rows = [np.sort(rng.permutation(split)[:SAMPLE]) for split in (train, held_out)]
         arrays = {}
         if "actions" in self.columns:
-            arrays["actions"] = [self.columns["actions"][split].astype(np.float64) for split in rows]
+            arrays["actions"] = [self.mean_action(split) for split in rows]
         if "states" in self.columns:
             states = self.columns["states"]
             changes = [states[split + self.frame_gap] - states[split] for split in rows]
@@ -259,6 +259,11 @@ class Dataset:
         if "segments" in self.columns and self.meta["env"]["videos"] != "none":
             arrays["background"] = [self.background(split) for split in rows]
         return Probes(**arrays), *rows
+
+    def mean_action(self, rows: np.ndarray) -> np.ndarray:
+        """The label of the action probe: mean action between the two frames, float64 (N, A)."""
+        actions = [self.columns["actions"][rows + step] for step in range(self.frame_gap)]
+        return np.mean(actions, axis=0, dtype=np.float64)
 
     def background(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the leak probe sees of the transitions: the frames, and the change of the background alone."""

@@ -163,7 +163,11 @@ def measure(data: Dataset, latent) -> dict:
 
 
 def test_probes_of_true_actions(long_data):
-    result = measure(long_data, lambda rows: long_data.columns["actions"][rows])
+    """Over a gap of several steps: of their mean, of which the first action alone tells a part."""
+    actions = long_data.columns["actions"]
+    one = measure(long_data, lambda rows: actions[rows])
+    assert one["action_probe_nmse"] == pytest.approx(1 - 1 / GAP, abs=0.1)
+    result = measure(long_data, lambda rows: (actions[rows] + actions[rows + 1]) / GAP)
     assert result["action_probe_nmse"] < 0.01 and result["action_probe_mse"] < 0.01
     assert all(r2 > 0.99 for r2 in result["action_probe_r2"])
     assert abs(result["leak_probe_r2"]) < 0.1 and result["state_probe_r2"] < 0.1
@@ -184,7 +188,7 @@ def test_probes_of_the_backgrounds_change(long_data):
         return long_data.background(rows)[1]
 
     def both(rows):
-        return np.concatenate([long_data.columns["actions"][rows], change(rows)], axis=1)
+        return np.concatenate([long_data.mean_action(rows), change(rows)], axis=1)
 
     result = measure(long_data, change)
     assert result["leak_probe_r2"] > 0.8 and result["action_probe_nmse"] > 0.9
