@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import lam_vlm
+import latbot
 import univla
 from common import at_least, fail, parse
 from common.dataset import Dataset, chunks
@@ -46,8 +47,9 @@ from common.results import (
 )
 from common.shards import atomic_write, lock_folder, parallel, read_json
 from common.statistics import budget_order, summarise
+from common.tasks import TASKS
 
-LOADERS = {"lam_vlm": lam_vlm.load_policy, "univla": univla.load_policy}
+LOADERS = {"lam_vlm": lam_vlm.load_policy, "univla": univla.load_policy, "latbot": latbot.load_policy}
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Args:
     """environments stepped together with one batched policy call"""
     workers: int = 0
     """processes (0: one per core; 1: all in this process)"""
+    execute: int = 4
+    """actions of a chunk that are executed before the policy is asked again (latbot.py)"""
     device: str = "cpu"
     """torch device of the policies"""
     media: int = 2
@@ -127,7 +131,7 @@ def load_policy(run_dir: Path, labelled: str, device: str) -> Callable:
 
 @functools.lru_cache(maxsize=1)
 def open_policy(run_dir: Path, labelled: str, policy_hash: str, device: str) -> Callable:
-    """policy(frames uint8 (B, frame_stack, H, W, 3)) -> actions (B, A); kept from block to block."""
+    """policy.plan(frames uint8 (B, frame_stack, H, W, 3), ...) -> (B, H, A); kept from block to block."""
     return load_policy(run_dir, labelled=labelled, device=device)
 
 
@@ -168,9 +172,15 @@ def play(block: Block) -> tuple[Block, list[dict], dict[int, np.ndarray]]:
 
     returns = dict.fromkeys(block.episodes, 0.0)
     playing = list(block.episodes)
-    step = 0
+    number = {episode % args.envs: episode for episode in block.episodes}
+    task_number = TASKS.index(block.task)
+    plan, step = [], 0
     while playing:
-        actions = policy(batch)
+        if not plan:
+            keys = [[args.seed, task_number, number.get(index, 0), step] for index in range(args.envs)]
+            chunk = policy.plan(batch, block.task, keys)  # (envs, H, A)
+            plan = list(chunk.swapaxes(0, 1)[: args.execute])
+        actions = plan.pop(0)
         step += 1
         if not np.isfinite(actions).all():
             raise ValueError(f"the policy's action is not finite at step {step}")
@@ -266,7 +276,8 @@ def action_errors(run: dict, task: str, labelled: str, device: str) -> list[dict
     for part in chunks(data.held_out):
         stack = np.maximum(part[:, None] + back, data.first[part][:, None])  # the first frame is repeated
         frames = data.columns["frames"][stack.reshape(-1)]
-        predictions.append(policy(frames.reshape(*stack.shape, *frames.shape[1:])))
+        frames = frames.reshape(*stack.shape, *frames.shape[1:])
+        predictions.append(policy.plan(frames, task, [[0]] * len(frames))[:, 0])
     actions = data.columns["actions"][data.held_out].astype(float)
     mse = ((np.concatenate(predictions) - actions) ** 2).mean(axis=0)
     variance = actions.var(axis=0)
@@ -353,7 +364,7 @@ def plot_results(
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(1, args, "episodes", "envs")
+    at_least(1, args, "episodes", "envs", "execute")
     at_least(0, args, "workers", "media", "seed")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         fail("torch finds no CUDA device; add --device cpu")
@@ -364,6 +375,10 @@ def main(args: Args) -> None:
     begun = time.time()
     out = Path(args.out)
     runs = find_runs(args.runs)
+    for run in runs:  # how much of a chunk is executed is part of the policy
+        if run.get("script") == "latbot":
+            hashes = run["policy_hash"].items()
+            run["policy_hash"] = {budget: f"{policy}-x{args.execute}" for budget, policy in hashes}
     if args.labelled:
         choose_budgets(runs, args.labelled)
     policies = [run for run in runs if run["policy"] and run["labelled_episodes"]]

@@ -23,6 +23,10 @@ class Actor:
         self.frame_stack = frame_stack
         self.device = device
 
+    def plan(self, frames: np.ndarray, task: str, keys: list[list[int]]) -> np.ndarray:
+        """Actions (B, 1, A) of frames (B, K, H, W, 3): a chunk of one, as eval.py asks for."""
+        return self(frames)[:, None]
+
     @torch.no_grad()
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         batch = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)

@@ -92,7 +92,7 @@ def finished_stages(paths: list[Path], identity: dict) -> dict[str, dict]:
 
 
 def policy_hashes(stages: dict[str, dict], bc_budget: str | None) -> dict[str, str]:
-    """{label budget: hash of its policy}: the stage bc and the budget's decoder.
+    """{label budget: hash of its policy}: the stage bc and the budget's decoder, or its expert alone.
 
     Where true actions were cloned, of the label budget `bc_budget`, it is the stage bc alone.
     """
@@ -100,8 +100,11 @@ def policy_hashes(stages: dict[str, dict], bc_budget: str | None) -> dict[str, s
     if bc_budget is not None:
         policies[bc_budget] = stages["bc"]["sha256"]
     for stage in stages:
-        if stage.startswith("decoder_"):
-            policies[stage.removeprefix("decoder_")] = stages["bc"]["sha256"] + stages[stage]["sha256"]
+        kind, _, budget = stage.partition("_")
+        if kind == "decoder":
+            policies[budget] = stages["bc"]["sha256"] + stages[stage]["sha256"]
+        if kind == "expert":
+            policies[budget] = stages[stage]["sha256"]
     return {budget: hashlib.sha256(both.encode()).hexdigest()[:16] for budget, both in policies.items()}
 
 

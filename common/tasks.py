@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from common import fail, nearest
 
 MT10 = (
@@ -71,6 +73,32 @@ OBJECTS_AND_INSTRUCTIONS = {  # task: (what stands for {object} in a prompt, the
 OBJECTS = {task: thing for task, (thing, _) in OBJECTS_AND_INSTRUCTIONS.items()}
 INSTRUCTIONS = {task: instruction for task, (_, instruction) in OBJECTS_AND_INSTRUCTIONS.items()}
 TASKS = tuple(OBJECTS)
+
+
+AXES = (("left", "right"), ("back", "forward"), ("down", "up"))  # of the hand's x, y, z
+HAND_MOVES = 0.01  # metres
+GRIPPER_MOVES = 0.05  # of its opening, 0 to 1
+
+
+def language_motion(now: np.ndarray, later: np.ndarray) -> str:
+    """What the robot does between two states (39,), in words: "move left and down, open the gripper", "stay".
+
+    One rule for all tasks, in the manner of RT-H (Belkhale et al., arXiv 2403.01823). A state begins with the
+    hand's x, y, z in metres and the gripper's opening.
+    """
+    directions = []
+    for axis, (negative, positive) in enumerate(AXES):
+        change = later[axis] - now[axis]
+        if abs(change) > HAND_MOVES:
+            directions.append(positive if change > 0 else negative)
+    phrases = []
+    if directions:
+        phrases.append(f"move {' and '.join(directions)}")
+    if later[3] - now[3] > GRIPPER_MOVES:
+        phrases.append("open the gripper")
+    if now[3] - later[3] > GRIPPER_MOVES:
+        phrases.append("close the gripper")
+    return ", ".join(phrases) or "stay"
 
 
 def task_name(name: str) -> str:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from eval import Args
 # oldest first. Episode e succeeds at step 5 + e % 7, every third one never, unless the policy is "good". The
 # reward depends on the place in the batch, as a real policy's rounding may.
 STANDINS = {
+    "univla.py": "load_policy = None",
+    "latbot.py": "load_policy = None",
     "common/distracting_metaworld.py": """
 import os, pathlib, time
 import numpy as np
@@ -74,13 +77,13 @@ class Policy:
     def __init__(self, good):
         self.good = good
 
-    def __call__(self, frames):
+    def plan(self, frames, task, keys):
         assert frames.dtype == np.uint8 and self.shape in (None, frames.shape), "the batch changed its shape"
         self.shape = frames.shape
         first, last = frames[:, 0, 0, 0], frames[:, -1, 0, 0]
         place = np.arange(len(frames)) / 64
         seen = [last[:, 0] / 255, first[:, 1] / 255, last[:, 1] / 255]
-        return np.stack([*seen, self.good + place], axis=1).astype(np.float32)
+        return np.stack([*seen, self.good + place], axis=1).astype(np.float32)[:, None]
 
 def load_policy(run_dir, labelled=None, device="cpu"):
     return Policy("lapo-clean" in str(run_dir) and labelled == "16")
@@ -277,11 +280,13 @@ def test_a_damaged_table_is_named_and_refused(lab, damage):
 def test_a_policy_that_gives_nan_is_refused(lab, monkeypatch):
     make_run("lapo")
 
-    def policy(frames):
-        return np.full((len(frames), 4), np.nan, np.float32)
+    class Policy:
+        frame_stack = 1
 
-    policy.frame_stack = 1
-    monkeypatch.setattr(ev, "load_policy", lambda *_, **__: policy)
+        def plan(self, frames, task, keys):
+            return np.full((len(frames), 1, 4), np.nan, np.float32)
+
+    monkeypatch.setattr(ev, "load_policy", lambda *_, **__: Policy())
     with pytest.raises(ValueError, match="not finite at step 1"):
         evaluate()
     assert not Path("runs/lapo-s0/rollouts.csv").exists()
@@ -377,8 +382,8 @@ def videos(lab, monkeypatch) -> dict:
                 predicted.append([x, np.mean(steps, axis=0)[1], z + BIAS[variant] * (1 + int(seed)), w])
             return np.array(predicted, np.float32)
 
-        policy.frame_stack = 3
-        return policy
+        plan = lambda frames, task, keys: policy(frames)[:, None]  # noqa: E731
+        return types.SimpleNamespace(plan=plan, frame_stack=3)
 
     monkeypatch.setattr(ev, "load_policy", load_policy)
     return actions
@@ -624,3 +629,50 @@ def test_label_budgets_are_chosen(lab):
     evaluate(labelled=("16", "2"))
     assert {row["labelled"] for row in rows_of("lapo-s0")} == {"2", "16"}
     assert "no run has a decoder for --labelled 4; there are 2, 8, 16" in refusal(labelled=("4",))
+
+
+def test_chunks_are_executed_in_part(lab, monkeypatch):
+    """A policy of chunks is asked every --execute steps, its noise keyed by seed, task, episode and step."""
+    asked, executed = [], []
+
+    class Env:
+        def __init__(self, task, **arguments):
+            self.info = {"goal": 0, "clip": 0, "clip_frame": 0, "success": False}
+
+        def reset(self, options):
+            self.episode, self.steps = options["episode"], 0
+            return np.zeros((8, 8, 3), np.uint8), self.info
+
+        def step(self, action):
+            self.steps += 1
+            if self.episode == 0:
+                executed.append(float(action[0]))
+            return np.zeros((8, 8, 3), np.uint8), 0.0, False, self.steps == 10, self.info
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(ev, "DistractingMetaWorld", Env)
+
+    class Policy:
+        frame_stack = 1
+
+        def plan(self, frames, task, keys):
+            asked.append((task, [tuple(key) for key in keys]))
+            chunk = np.arange(8)[None, :, None] / 8 * np.ones((len(frames), 1, 4))
+            return chunk.astype(np.float32)
+
+    monkeypatch.setattr(ev, "load_policy", lambda *_, **__: Policy())
+    make_run("latbot", script="latbot")
+    evaluate(episodes=2, envs=2, execute=3)
+    reach = ev.TASKS.index("reach")
+    assert asked[0] == ("reach", [(0, reach, 0, 0), (0, reach, 1, 0)])
+    assert asked[1] == ("reach", [(0, reach, 0, 3), (0, reach, 1, 3)])
+    assert [8 * value for value in executed] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    hashes = {row["policy_hash"] for row in rows_of("latbot-s0")}
+    assert hashes == {"hash0-x3"}, "what is executed is part of the policy"
+    first = len(asked)
+    evaluate(episodes=2, envs=2, execute=3)
+    assert len(asked) == first, "nothing is left to do"
+    evaluate(episodes=2, envs=2, execute=20)
+    assert [keys[0][3] for _, keys in asked[first:]][:2] == [0, 8], "a chunk has eight"

@@ -1,0 +1,170 @@
+"""What reads frames and words for latbot.py: a small transformer, or a vision-language model of transformers.
+
+    states, logits, targets = backbone(frames, task, subtask)
+
+frames: uint8 (B, F, 3, H, W); task (B,): index of its instruction; subtask (B,): index of the text to say, or
+None. states (B, queries, width): the hidden states of the query tokens, which stand behind frames and
+instruction. logits (B, T, words) and targets (B, T), -100 behind a text's end: the text stands behind the
+queries, and each of its words sees those before it alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from common import fail
+from common.dataset import to_float
+from common.encoders import one_line
+from common.tokens import check_source
+
+MARKS = ("[CP_SCE]", "[CP_MOT]")  # words added to the vocabulary of a vision-language model
+END = "<end>"
+
+
+def split_words(text: str) -> list[str]:
+    return text.lower().replace(",", " ,").split()
+
+
+class TinyBackbone(nn.Module):
+    """Convolutional patches of the frames, words, learned queries, and a small transformer over them.
+
+    vision: conv nets (B, 3, H, W) -> (B, C, s, s) of the first frame, and (B, 6, H, W) -> (B, C, s, s) of the
+    others, which come with their difference from the first. Words are those of the data set.
+    """
+
+    def __init__(
+        self,
+        vision: list[nn.Module],
+        size: int,
+        queries: int,
+        instructions: list[str],
+        subtasks: list[str],
+        width: int,
+        heads: int,
+        blocks: int,
+        frames: int,
+    ):
+        super().__init__()
+        self.width = width
+        self.vision = nn.ModuleList(vision[: 1 + (frames > 1)])
+        with torch.no_grad():
+            _, channels, side, _ = vision[0](torch.zeros(1, 3, size, size)).shape
+        self.project = nn.Linear(channels, width)
+        self.place = nn.Parameter(0.02 * torch.randn(frames, side**2, width))
+        words = sorted({word for text in [*instructions, *subtasks] for word in split_words(text)})
+        number = {word: index for index, word in enumerate([END, *words])}
+        self.register_buffer("instructions", self.numbers(instructions, number), persistent=False)
+        self.register_buffer("subtasks", self.numbers(subtasks, number), persistent=False)
+        longest = max(self.instructions.shape[1], self.subtasks.shape[1])
+        self.words = nn.Embedding(len(number), width)
+        self.word_place = nn.Parameter(0.02 * torch.randn(2, longest, width))  # of instruction, of text
+        self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
+        like = {"activation": "gelu", "batch_first": True, "norm_first": True}
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0, **like)
+        self.blocks = nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.say = nn.Linear(width, len(number))
+
+    def numbers(self, texts: list[str], number: dict[str, int]) -> Tensor:
+        """(texts, L) int64: each text's words, its end, and -100 behind."""
+        rows = [torch.tensor([number[word] for word in [*split_words(text), END]]) for text in texts]
+        if not rows:
+            return torch.zeros(0, 1, dtype=torch.long)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
+    def see(self, frames: Tensor) -> Tensor:
+        """(B, F, 3, H, W) uint8 -> tokens (B, F * s^2, width)"""
+        first = to_float(frames[:, 0])
+        pictures = [self.vision[0](first)]
+        for index in range(1, frames.shape[1]):
+            frame = to_float(frames[:, index])
+            pictures.append(self.vision[1](torch.cat([frame, 4 * (frame - first)], 1)))
+        tokens = [self.project(picture.flatten(2).transpose(1, 2)) for picture in pictures]
+        return torch.cat([token + place for token, place in zip(tokens, self.place)], 1)
+
+    def forward(
+        self, frames: Tensor, task: Tensor, subtask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        instruction = self.instructions[task].clamp_min(0)
+        read = self.words(instruction) + self.word_place[0, : instruction.shape[1]]
+        parts = [self.see(frames), read, self.queries.expand(len(frames), -1, -1)]
+        before, said, targets = sum(part.shape[1] for part in parts), 0, None
+        if subtask is not None:
+            targets = self.subtasks[subtask]
+            said = targets.shape[1]
+            spoken = self.words(targets.clamp_min(0)[:, :-1])  # a word is predicted from those before it
+            start = torch.zeros_like(spoken[:, :1])
+            parts.append(torch.cat([start, spoken], 1) + self.word_place[1, :said])
+        x = torch.cat(parts, 1)
+        order = torch.cat([torch.zeros(before), torch.arange(1, said + 1)]).to(x.device)
+        states = self.blocks(x, mask=order[:, None] < order)  # True: hidden
+        queries = states[:, before - len(self.queries) : before]
+        if subtask is None:
+            return queries, None, None
+        return queries, self.say(states[:, before:]), targets
+
+
+class VLMBackbone(nn.Module):
+    """A native vision-language model with two words more, [CP_SCE] and [CP_MOT]; its vision tower is frozen.
+
+    The prompt: the frames, the instruction, each mark `queries` / 2 times, and the text. Padding is left.
+    """
+
+    def __init__(self, source: str, queries: int, instructions: list[str], subtasks: list[str]):
+        super().__init__()
+        check_source(source, "--backbone")
+        with one_line(f"--backbone {source}"):
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+
+            self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+            self.model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False)
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        tokenizer.add_tokens(list(MARKS), special_tokens=True)
+        self.model.resize_token_embeddings(
+            max(len(tokenizer), self.model.get_input_embeddings().num_embeddings)
+        )
+        self.marks = tokenizer.convert_tokens_to_ids(list(MARKS))
+        self.width = self.model.config.get_text_config().hidden_size
+        frozen = [name for name, _ in self.model.named_parameters() if "vision" in name]
+        if not frozen:
+            fail(f"--backbone {source} has no vision tower")
+        for name in frozen:
+            self.model.get_parameter(name).requires_grad_(False)
+        self.instructions, self.subtasks = instructions, subtasks
+        self.query_text = "".join(mark * (queries // len(MARKS)) for mark in MARKS)
+        self.n_queries = queries
+        self.end = tokenizer.eos_token or ""
+
+    def prompt(self, frames: int, instruction: str, subtask: str | None) -> str:
+        content = [{"type": "image"}] * frames + [{"type": "text", "text": instruction}]
+        chat = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True) + self.query_text
+        if subtask is not None:
+            text += f" {subtask}{self.end}"
+        return text
+
+    def forward(
+        self, frames: Tensor, task: Tensor, subtask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        pictures = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
+        prompts = []
+        for row in range(len(frames)):
+            said = None
+            if subtask is not None:
+                said = self.subtasks[subtask[row]]
+            prompts.append(self.prompt(frames.shape[1], self.instructions[task[row]], said))
+        images = [list(pictures_of_row) for pictures_of_row in pictures]
+        inputs = self.processor(text=prompts, images=images, return_tensors="pt", padding=True)
+        inputs.pop("labels", None)
+        inputs = inputs.to(self.model.device)
+        output = self.model(**inputs, output_hidden_states=True, use_cache=False)
+        ids = inputs["input_ids"]
+        is_query = (ids == self.marks[0]) | (ids == self.marks[1])
+        states = output.hidden_states[-1][is_query].view(len(frames), self.n_queries, -1)
+        if subtask is None:
+            return states, None, None
+        last_query = ids.shape[1] - 1 - is_query.flip(1).int().argmax(1)  # (B,)
+        behind = torch.arange(ids.shape[1], device=ids.device) > last_query[:, None]
+        targets = torch.where(behind, ids, -100)
+        return states, output.logits[:, :-1], targets[:, 1:]

@@ -1,0 +1,679 @@
+"""LatBot: scene and motion latents, a unified decoder, distillation into a student, an action expert.
+
+    python latbot.py --data data/main                              several tasks, each with its instruction
+    python latbot.py --data data/main --target embedding           the decoder predicts the oracle's embedding
+    python latbot.py --data data/main --latents undivided          one latent instead of two
+    python latbot.py --data data/main --action-weight 0            the decoder predicts frames alone
+    python latbot.py --data data/main --latents none               student and expert from the labels alone
+    python latbot.py --data data/main --backbone llava-hf/llava-1.5-7b-hf
+
+Four things are learnt: a teacher, which sees frames t..t+span and makes latents of scene and motion, from
+which a decoder predicts the frame at t+span and, on labelled episodes, the actions; a student, which sees the
+first frame and the instruction alone, and says the teacher's latents and the sub-task in words; an expert,
+which turns what the student says into actions by flow matching. Then eval.py rolls it out.
+After LatBot, arXiv 2511.23034, of which no code is public; what is ours: docs/latbot.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common import at_least, fail, parse
+from common.actor import read_run
+from common.backbones import TinyBackbone, VLMBackbone
+from common.dataset import Dataset, chunks, random_shift, to_float
+from common.device import average, average_gradients, pick_device
+from common.probes import r2_score
+from common.records import default_folder, load_checkpoint
+from common.runs import Run, one_cycle
+from common.shards import RANK, WORLD
+from common.tasks import language_motion
+from lam_vlm import ConvNet
+
+
+@dataclass
+class Args:
+    data: str = "data/quick"
+    """folder of the data set that collect.py or import_videos.py wrote"""
+    tasks: tuple[str, ...] = ()
+    """tasks of the data set to train on, one model for all of them; none given: all"""
+    backbone: str = "tiny"
+    """of teacher and student: tiny, or hub id or folder of a vision-language model of transformers"""
+    target: Literal["pixels", "clean", "masked", "embedding"] = "pixels"
+    """what the decoder predicts of t + span: the frame, its twin, its robot's pixels, or its embedding"""
+    encoder: str = "oracle_best"
+    """target embedding: key of the embeddings to predict, or an unambiguous beginning of it"""
+    fdm_sees: Literal["frame", "z"] = "frame"
+    """what the decoder sees besides the latents: the first frame, or nothing; DETAIL 4"""
+    latents: Literal["split", "undivided", "none"] = "split"
+    """split: of scene and of motion; undivided: one; none: no teacher, no distillation"""
+    motion_dim: int = 8
+    """dimensions of the motion latent"""
+    scene_dim: int = 64
+    """dimensions of the scene latent; an undivided latent has those of both"""
+    action_weight: float = 1.0
+    """weight of the actions in the teacher's loss, on the labelled episodes; 0: the frame alone"""
+    text: Literal["labelled", "all", "none"] = "labelled"
+    """episodes whose sub-tasks the student learns to say: labelled, all, none"""
+    text_weight: float = 0.5
+    """weight of the sub-task's next-token loss"""
+    student: Literal["trains", "frozen"] = "frozen"
+    """whether the student trains on with the expert (with --latents none it always does)"""
+    labelled_episodes: tuple[str, ...] = ("8",)
+    """label budget, one: episodes a task whose true actions may be used, or `all`"""
+    frames: int = 3
+    """frames that the teacher sees of t..t+span"""
+    span: int = 8
+    """steps between the first frame and the last, and actions in a chunk"""
+    tokens: int = 4
+    """query tokens of each of scene and motion"""
+    width: int = 128
+    """width of transformers and expert"""
+    heads: int = 4
+    """attention heads"""
+    blocks: int = 2
+    """transformer blocks of backbone and decoder"""
+    widths: tuple[int, ...] = (32, 64, 128)
+    """channels of the tiny backbone's convolutional blocks"""
+    res_blocks: int = 1
+    """residual blocks after each of them"""
+    stem: int = 4
+    """stride of the first block; the others have 2"""
+    euler_steps: int = 10
+    """steps of the flow from noise to actions"""
+    stages: tuple[Literal["teacher", "student", "expert"], ...] = ("teacher", "student", "expert")
+    """stages to run, with those that they need; a finished one is skipped"""
+    teacher_updates: int = 1000
+    """updates of the teacher"""
+    student_updates: int = 1500
+    """updates of the student"""
+    expert_updates: int = 2500
+    """updates of the expert"""
+    batch_size: int = 64
+    """windows an update; a quarter as many labelled ones are added where actions or text are learnt"""
+    lr: float = 1e-3
+    """peak learning rate of AdamW under a one-cycle schedule"""
+    weight_decay: float = 1e-2
+    """weight decay of AdamW"""
+    max_shift: int = 4
+    """random shifts of the student's frames, in pixels"""
+    probe_fraction: float = 0.2
+    """fraction of a task's episodes, the last ones, that no stage trains on: the probes are measured there"""
+    device: str = "auto"
+    """cuda, cpu, or auto"""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """arithmetic of teacher and student, weights stay float32; auto: bfloat16 where the hardware has it"""
+    seed: int = 0
+    """seed of weights, batches and the choice of the labelled episodes"""
+    variant: str = ""
+    """name under which eval.py groups the seeds of one method; empty: latbot, latbot-oracle, split, ..."""
+    out: str = ""
+    """folder of the run; empty: runs/<variant>-<budget>_<tasks>_s<seed>, and the data set's name"""
+
+
+QUICK = Args()
+PAPER = Args(
+    data="data/paper",
+    backbone="OpenGVLab/InternVL3_5-2B-HF",
+    labelled_episodes=("all",),
+    frames=16,
+    span=16,
+    tokens=64,
+    motion_dim=64,
+    scene_dim=512,
+    width=1024,
+    heads=16,
+    blocks=12,
+    student="trains",
+    teacher_updates=100_000,
+    student_updates=100_000,
+    expert_updates=100_000,
+    batch_size=256,
+    lr=1e-4,
+    probe_fraction=0.02,
+)
+PRESETS = {"quick": QUICK, "paper": PAPER}
+PROBES = ("action_probe_nmse", "leak_probe_r2")
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class Domain:
+    """What the models have to know of the data; stored in summary.json."""
+
+    size: int
+    action_dim: int
+    instructions: list[str]  # of the tasks
+    subtasks: list[str]  # in words
+
+
+class Windows:
+    """Windows t..t+span of a data set: their frames, instructions, sub-tasks and chunks of actions.
+
+    The last action dimension is the gripper's, which has two levels; the others are normalised by their
+    quantiles over the labelled episodes.
+    """
+
+    def __init__(self, data: Dataset, args: Args):
+        self.data = data
+        self.span = args.span
+        self.offsets = np.linspace(0, args.span, args.frames).round().astype(int)
+        self.labelled = data.labelled(args.labelled_episodes[0])  # rows with an action
+        self.whole = np.intersect1d(self.labelled, data.train)  # rows with a whole chunk of them
+        subtasks = []
+        if args.text != "none":
+            self.said = self.whole  # rows whose sub-task the student learns to say
+            if args.text == "all":
+                self.said = data.train
+            subtasks = self.name_subtasks()
+        instructions = [data.meta["instructions"][task] for task in data.tasks]
+        self.domain = Domain(data.size, data.action_dim, instructions, subtasks)
+        actions = data.columns["actions"][self.labelled]
+        low, high = np.quantile(actions, [0.01, 0.99], axis=0)
+        self.low, self.scale = low, np.where(high > low, (high - low) / 2, 1)
+        gripper = actions[:, -1]
+        self.middle = (gripper.min() + gripper.max()) / 2
+        closed = gripper > self.middle
+        self.levels = np.full(2, gripper.mean())
+        if closed.any():
+            self.levels = np.array([gripper[~closed].mean(), gripper[closed].mean()])
+
+    def name_subtasks(self) -> list[str]:
+        """What the robot does in each window, in words, by one rule for all tasks; the distinct ones."""
+        if "states" not in self.data.columns:
+            fail(f"{self.data.root} has no states to name sub-tasks by; add --text none")
+        rows = np.concatenate([self.data.train, self.data.held_out])
+        now, later = (self.data.columns["states"][rows + ahead] for ahead in (0, self.span))
+        names = np.full(len(self.data.task), "", dtype=object)
+        names[rows] = [language_motion(*pair) for pair in zip(now, later)]
+        subtasks = sorted(set(names[self.said]))
+        number = {name: index for index, name in enumerate(subtasks)}
+        self.subtask = np.array([number.get(name, -1) for name in names])
+        return subtasks
+
+    def frames(self, rows: np.ndarray) -> Tensor:
+        """(B, F, 3, H, W) uint8"""
+        frames = self.data.frame((rows[:, None] + self.offsets).reshape(-1))
+        return frames.reshape(len(rows), len(self.offsets), *frames.shape[1:])
+
+    def task(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.data.task[rows]).to(self.data.device)
+
+    def subtask_of(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.subtask[rows]).to(self.data.device)
+
+    def chunk(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Motion (B, span, A - 1) in quantiles, and the gripper (B, span): 1 on its upper level.
+
+        Behind an episode's last action that one is repeated.
+        """
+        last = self.data.last[rows] - 1
+        steps = np.minimum(rows[:, None] + np.arange(self.span), last[:, None])
+        actions = self.data.columns["actions"][steps.reshape(-1)].reshape(*steps.shape, -1)
+        motion = ((actions - self.low) / self.scale - 1)[..., :-1].astype(np.float32)
+        gripper = (actions[..., -1] > self.middle).astype(np.float32)
+        return torch.from_numpy(motion).to(self.data.device), torch.from_numpy(gripper).to(self.data.device)
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+def make_backbone(domain: Domain, args: Args, frames: int) -> nn.Module:
+    queries, texts = 2 * args.tokens, (domain.instructions, domain.subtasks)
+    if args.backbone != "tiny":
+        return VLMBackbone(args.backbone, queries, *texts)
+    vision = [ConvNet(channels, args) for channels in (3, 6)]
+    return TinyBackbone(vision, domain.size, queries, *texts, args.width, args.heads, args.blocks, frames)
+
+
+class Latents(nn.Module):
+    """States of the query tokens (B, 2 * tokens, width) -> scene and motion latents, side by side."""
+
+    def __init__(self, width: int, args: Args):
+        super().__init__()
+        self.undivided = args.latents == "undivided"
+        states = args.tokens * width
+        self.to_scene, self.to_motion = nn.Linear(states, args.scene_dim), nn.Linear(states, args.motion_dim)
+
+    def forward(self, states: Tensor) -> Tensor:
+        scene, motion = states.chunk(2, 1)
+        return torch.cat([self.to_scene(scene.flatten(1)), self.to_motion(motion.flatten(1))], 1)
+
+
+class UnifiedDecoder(nn.Module):
+    """First frame and latents -> change of the target and actions. Two streams that exchange in every layer.
+
+    The scene stream holds the first frame's patches and the scene latent, the motion stream a slot for each
+    action and the motion latent; an undivided latent stands in both.
+    """
+
+    def __init__(self, domain: Domain, target_dim: int | None, args: Args):
+        super().__init__()
+        self.args, self.size, width = args, domain.size, args.width
+        self.patch = args.stem * 2 ** (len(args.widths) - 1)
+        side = domain.size // self.patch
+        if domain.size % self.patch:
+            fail(
+                f"--stem and --widths need frames of a multiple of {self.patch} px, these have {domain.size}"
+            )
+        if args.fdm_sees == "frame":
+            self.see = nn.Conv2d(3, width, self.patch, self.patch)
+        self.place = nn.Parameter(0.02 * torch.randn(side**2, width))
+        self.slots = nn.Parameter(0.02 * torch.randn(args.span, width))
+        dims = (args.scene_dim, args.motion_dim)
+        if args.latents == "undivided":
+            dims = (sum(dims), sum(dims))
+        self.read_scene, self.read_motion = nn.Linear(dims[0], width), nn.Linear(dims[1], width)
+        like = {"activation": "gelu", "batch_first": True, "norm_first": True}
+        self.scene, self.motion = nn.ModuleList(), nn.ModuleList()
+        for _ in range(args.blocks):
+            for stream in (self.scene, self.motion):
+                stream.append(nn.TransformerDecoderLayer(width, args.heads, 4 * width, dropout=0, **like))
+        self.to_target = nn.Linear(width, target_dim or 3 * self.patch**2)
+        self.vector = target_dim is not None
+        self.to_actions = nn.Linear(width, domain.action_dim)
+
+    def forward(self, first: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """first: (B, 3, H, W) uint8, z: (B, scene_dim + motion_dim) -> change, actions (B, span, A)."""
+        z_scene, z_motion = z, z
+        if self.args.latents == "split":
+            z_scene, z_motion = z.split([self.args.scene_dim, self.args.motion_dim], 1)
+        scene = self.place.expand(len(z), -1, -1)
+        if self.args.fdm_sees == "frame":
+            scene = scene + self.see(to_float(first)).flatten(2).transpose(1, 2)
+        scene = torch.cat([scene, self.read_scene(z_scene)[:, None]], 1)
+        motion = torch.cat([self.slots.expand(len(z), -1, -1), self.read_motion(z_motion)[:, None]], 1)
+        for of_scene, of_motion in zip(self.scene, self.motion):
+            scene, motion = of_scene(scene, motion), of_motion(motion, scene)  # both ways
+        actions = self.to_actions(motion[:, :-1])
+        if self.vector:
+            return self.to_target(scene.mean(1)), actions
+        patches = self.to_target(scene[:, :-1]).transpose(1, 2)
+        return F.fold(patches, self.size, self.patch, stride=self.patch), actions
+
+
+class Teacher(nn.Module):
+    """Frames t..t+span and the instruction -> latents; the decoder; statistics of the target."""
+
+    def __init__(self, windows: Windows, args: Args):
+        super().__init__()
+        for name, value in windows.data.statistics().items():  # mean, std, change_mean, change_std
+            self.register_buffer(name, value)
+        self.register_buffer("latent_std", torch.ones(()))  # set at the end
+        self.backbone = make_backbone(windows.domain, args, args.frames)
+        self.to_latents = Latents(self.backbone.width, args)
+        target_dim = None  # a picture
+        if self.mean.ndim == 1:
+            target_dim = len(self.mean)
+        self.decoder = UnifiedDecoder(windows.domain, target_dim, args)
+
+    def latents(self, windows: Windows, rows: np.ndarray) -> Tensor:
+        """(B, scene_dim + motion_dim), scene first."""
+        states, _, _ = self.backbone(windows.frames(rows), windows.task(rows))
+        return self.to_latents(states)
+
+
+class Student(nn.Module):
+    """First frame and instruction -> the teacher's latents, and the sub-task in words."""
+
+    def __init__(self, domain: Domain, args: Args):
+        super().__init__()
+        self.backbone = make_backbone(domain, args, 1)
+        self.to_latents = Latents(self.backbone.width, args)
+
+    def forward(
+        self, first: Tensor, task: Tensor, subtask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        states, logits, targets = self.backbone(first[:, None], task, subtask)
+        return self.to_latents(states), logits, targets
+
+
+class Expert(nn.Module):
+    """What the student says -> a chunk of actions: flow matching for motion, levels for the gripper."""
+
+    def __init__(self, student: Student, domain: Domain, args: Args):
+        super().__init__()
+        self.student = student
+        self.euler_steps = args.euler_steps
+        dims, motion = args.scene_dim + args.motion_dim, args.span * (domain.action_dim - 1)
+        self.flow = mlp(motion + dims + 1, 2 * args.width, motion)
+        self.gripper = mlp(dims, 2 * args.width, args.span)
+        self.register_buffer("low", torch.zeros(domain.action_dim))
+        self.register_buffer("scale", torch.ones(domain.action_dim))
+        self.register_buffer("levels", torch.zeros(2))
+
+    def set_scale(self, windows: Windows) -> None:
+        for name in ("low", "scale", "levels"):
+            getattr(self, name).copy_(torch.from_numpy(getattr(windows, name)))
+
+    def velocity(self, z: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """z (B, D), noisy (B, span, A - 1), time (B, 1) -> (B, span, A - 1)"""
+        return self.flow(torch.cat([noisy.flatten(1), z, time], 1)).view_as(noisy)
+
+    def act(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Actions (B, span, A) from noise (B, span, A - 1) by Euler steps of the flow."""
+        motion = noise
+        for step in range(self.euler_steps):
+            time = torch.full((len(z), 1), step / self.euler_steps, device=z.device)
+            motion = motion + self.velocity(z, motion, time) / self.euler_steps
+        upper = (self.gripper(z) > 0).long()
+        motion = (motion + 1) * self.scale[:-1] + self.low[:-1]
+        return torch.cat([motion, self.levels[upper][..., None]], 2)
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    layers = [nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(hidden, outputs))
+
+
+# ---------------------------------------------------------------------------------------- stages
+
+
+def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
+    """Stage 1: latents from which the decoder predicts the target's change and, if labelled, actions."""
+    torch.manual_seed(args.seed)
+    data, span = windows.data, args.span
+    teacher = Teacher(windows, args).to(run.device)
+    optimizer, schedule = one_cycle(teacher, args.lr, args.weight_decay, args.teacher_updates)
+
+    for step in run.steps("teacher", teacher, optimizer, schedule, args.teacher_updates):
+        t = step.rng.choice(data.train, args.batch_size)[run.share]
+        change = data.target(t + span) - data.target(t)
+        with run.autocast():
+            z = teacher.latents(windows, t)
+            predicted, _ = teacher.decoder(data.frame(t), z)
+            error = (predicted - (change - teacher.change_mean) / teacher.change_std) ** 2
+            if args.target == "masked":
+                robot = data.segment(t + span, "robot")
+                error = error * (robot / average(robot.mean()).clamp_min(1e-6))
+            target_loss = error.mean()
+            loss = target_loss
+            if args.action_weight:
+                t = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
+                _, actions = teacher.decoder(data.frame(t), teacher.latents(windows, t))
+                motion, gripper = windows.chunk(t)
+                motion_loss = F.mse_loss(actions[..., :-1], motion)
+                gripper_loss = F.binary_cross_entropy_with_logits(actions[..., -1].float(), gripper)
+                loss = target_loss + args.action_weight * (motion_loss + gripper_loss)
+                step.log(motion_loss=motion_loss, gripper_loss=gripper_loss)
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(teacher)
+        optimizer.step()
+        schedule.step()
+        step.log(loss=loss, target_loss=target_loss)
+
+    measured = {}
+    if not run.finished("teacher"):
+        teacher.eval()
+        teacher.latent_std.copy_(encode(teacher, windows, data.train).std())
+        measured = measure(teacher, windows, args)
+    run.finish("teacher", **measured)
+    return teacher
+
+
+def train_student(run: Run, windows: Windows, args: Args, teacher: Teacher) -> Student:
+    """Stage 2: the teacher's latents, and the sub-task's words, from the first frame and the instruction."""
+    data = windows.data
+    z = encode(teacher, windows, data.train) / teacher.latent_std  # detached: the teacher is frozen
+    torch.manual_seed(args.seed + 1)
+    student = Student(windows.domain, args).to(run.device)
+    optimizer, schedule = one_cycle(student, args.lr, args.weight_decay, args.student_updates)
+
+    for step in run.steps("student", student, optimizer, schedule, args.student_updates):
+        pick = step.rng.integers(len(data.train), size=args.batch_size)[run.share]
+        t = data.train[pick]
+        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
+        first = random_shift(data.frame(t), torch.from_numpy(shifts).to(run.device), args.max_shift)
+        wanted = z[torch.from_numpy(pick).to(run.device)]
+        with run.autocast():
+            predicted, _, _ = student(first, windows.task(t))
+            latent_loss = F.mse_loss(predicted, wanted)
+            divergence = F.kl_div(predicted.float().log_softmax(1), wanted.softmax(1), reduction="batchmean")
+            loss = latent_loss + divergence
+            if windows.domain.subtasks:
+                t = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
+                _, logits, targets = student(data.frame(t), windows.task(t), windows.subtask_of(t))
+                text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+                loss = loss + args.text_weight * text_loss
+                step.log(text_loss=text_loss)
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(student)
+        optimizer.step()
+        schedule.step()
+        step.log(loss=loss, latent_loss=latent_loss, divergence=divergence)
+
+    measured = {}
+    if not run.finished("student"):
+        student.eval()
+        measured = distilled(student, teacher, windows)
+    run.finish("student", **measured)
+    return student
+
+
+def train_expert(run: Run, windows: Windows, args: Args, student: Student | None) -> Expert:
+    """Stage 3: actions of the labelled episodes by flow matching on what the student says."""
+    data, budget = windows.data, args.labelled_episodes[0]
+    torch.manual_seed(args.seed + 2)
+    trains = student is None or args.student == "trains"
+    expert = Expert(student or Student(windows.domain, args), windows.domain, args).to(run.device)
+    expert.set_scale(windows)
+    expert.student.requires_grad_(trains)
+    optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
+
+    for step in run.steps(f"expert_{budget}", expert, optimizer, schedule, args.expert_updates):
+        t = step.rng.choice(windows.labelled, args.batch_size)[run.share]
+        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
+        first = random_shift(data.frame(t), torch.from_numpy(shifts).to(run.device), args.max_shift)
+        motion, gripper = windows.chunk(t)
+        noise = torch.from_numpy(step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32))
+        noise = noise[run.share].to(run.device)
+        time = torch.from_numpy(step.rng.random((args.batch_size, 1), np.float32))[run.share].to(run.device)
+        with run.autocast():
+            z, _, _ = expert.student(first, windows.task(t))
+        z = z.float()
+        noisy = (1 - time[..., None]) * noise + time[..., None] * motion
+        flow_loss = F.mse_loss(expert.velocity(z, noisy, time), motion - noise)
+        gripper_loss = F.binary_cross_entropy_with_logits(expert.gripper(z), gripper)
+        loss = flow_loss + gripper_loss
+        optimizer.zero_grad()
+        loss.backward()
+        average_gradients(expert)
+        optimizer.step()
+        schedule.step()
+        step.log(loss=loss, flow_loss=flow_loss, gripper_loss=gripper_loss)
+
+    run.finish(f"expert_{budget}")
+    return expert
+
+
+# ---------------------------------------------------------------------------------------- probes
+
+
+@torch.no_grad()
+def encode(teacher: Teacher, windows: Windows, rows: np.ndarray) -> Tensor:
+    """Latents of the windows rows -> rows + span, scene first. (N, scene_dim + motion_dim) float32"""
+    return torch.cat([teacher.latents(windows, part) for part in chunks(rows, 256)]).float()
+
+
+def parts_of(z: Tensor, args: Args) -> dict[str, Tensor]:
+    """{"scene", "motion"} of latents side by side, or the undivided one as {"latent"}."""
+    if args.latents == "undivided":
+        return {"latent": z}
+    scene, motion = z.split([args.scene_dim, args.motion_dim], 1)
+    return {"scene": scene, "motion": motion}
+
+
+def measure(teacher: Teacher, windows: Windows, args: Args) -> dict[str, float]:
+    """Action (mean over the chunk) and leak probes of each latent, a task at a time, mean over tasks."""
+    values = defaultdict(list)
+    for probes, *splits in windows.data.probes_of_tasks():
+        train, held_out = (parts_of(encode(teacher, windows, rows), args) for rows in splits)
+        for name in train:
+            pair = (z[name].double().cpu().numpy() for z in (train, held_out))
+            measured = probes.measure(*pair)
+            for probe in PROBES:
+                values[f"{name}_{probe}"].append(measured[probe])
+    return {name: float(np.mean(found)) for name, found in values.items() if None not in found}
+
+
+@torch.no_grad()
+def distilled(student: Student, teacher: Teacher, windows: Windows) -> dict[str, float]:
+    """On held-out episodes: R^2 of the teacher's latents, and how often each word of a sub-task is right."""
+    rows = windows.data.held_out
+    said = [student(windows.data.frame(part), windows.task(part))[0] for part in chunks(rows, 256)]
+    wanted = encode(teacher, windows, rows) / teacher.latent_std
+    result = {"latents_r2": r2_score(wanted.cpu().numpy(), torch.cat(said).float().cpu().numpy())}
+    if windows.domain.subtasks:
+        right = []
+        for part in chunks(rows[windows.subtask[rows] >= 0], 256):
+            first, task, subtask = windows.data.frame(part), windows.task(part), windows.subtask_of(part)
+            _, logits, targets = student(first, task, subtask)
+            right.append((logits.argmax(2) == targets)[targets != -100].float())
+        result["text_accuracy"] = float(torch.cat(right).mean())
+    return result
+
+
+# ---------------------------------------------------------------------------------------- program
+
+
+class ChunkActor:
+    """A finished expert: uint8 frames (B, 1, H, W, 3) of a task -> chunks of actions, see `plan`."""
+
+    frame_stack = 1
+
+    def __init__(self, expert: Expert, tasks: list[str], device: str):
+        self.expert, self.tasks, self.device = expert.eval().to(device), tasks, device
+
+    @torch.no_grad()
+    def plan(self, frames: np.ndarray, task: str, keys: list[list[int]]) -> np.ndarray:
+        """Actions (B, span, A) in [-1, 1]. keys: a seed for each row, which its noise is drawn from."""
+        first = torch.from_numpy(np.ascontiguousarray(frames[:, -1])).to(self.device).permute(0, 3, 1, 2)
+        shape = self.expert.gripper[-1].out_features, len(self.expert.low) - 1
+        noise = np.stack([np.random.default_rng(key).standard_normal(shape, np.float32) for key in keys])
+        number = torch.full((len(first),), self.tasks.index(task), device=self.device)
+        z, _, _ = self.expert.student(first, number)
+        return self.expert.act(z, torch.from_numpy(noise).to(self.device)).clamp(-1, 1).cpu().numpy()
+
+
+def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> ChunkActor:
+    """The policy of a finished run; what is unfinished, damaged or missing ends the program with one line."""
+    folder = Path(run_dir)
+    stored, summary, labelled = read_run(folder, labelled)
+    args, domain = Args(**stored), Domain(**summary["domain"])
+    expert = Expert(Student(domain, args), domain, args)
+    checkpoint = load_checkpoint(folder / f"expert_{labelled}.pt", {"run": summary["identity"]}, "cpu")
+    expert.load_state_dict(checkpoint["module"])
+    return ChunkActor(expert, summary["tasks"], device)
+
+
+def default_variant(args: Args, data: Dataset) -> str:
+    """latbot, latbot-oracle, latbot-text-all, split, actions, undivided, no-latents, ..., -clean-data."""
+    names = {("split", True): "latbot", ("split", False): "split", ("undivided", True): "actions"}
+    name = names.get((args.latents, args.action_weight > 0), "undivided")
+    if args.latents == "none":
+        name = "no-latents"
+    if args.target == "embedding":
+        name += f"-{data.embedding['name']}"
+    elif args.target != "pixels":
+        name += f"-{args.target}"
+    if args.fdm_sees == "z":
+        name += "-z"
+    if args.text != "labelled":
+        name += f"-text-{args.text}"
+    if data.meta["env"] is not None and data.meta["env"]["videos"] == "none":
+        name += "-clean-data"
+    return name
+
+
+def parse_args(arguments: list[str]) -> Args:
+    args = parse(PRESETS, arguments, __doc__)
+    at_least(0, args, "max_shift", "res_blocks", "seed", "action_weight", "text_weight")
+    at_least(1, args, "motion_dim", "scene_dim", "span", "tokens", "width", "heads", "blocks", "stem")
+    at_least(1, args, "euler_steps", "teacher_updates", "student_updates", "expert_updates")
+    at_least(2, args, "frames")
+    at_least(4, args, "batch_size")
+    if args.frames > args.span + 1:
+        fail(f"--frames {args.frames} are more than --span {args.span} has")
+    if not 0 < args.probe_fraction < 1:
+        fail("--probe-fraction lies between 0 and 1")
+    if args.width % args.heads:
+        fail(f"--width {args.width} can not be divided among --heads {args.heads}")
+    if args.batch_size // 4 % WORLD or args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size}, and a quarter of it, can not be divided among {WORLD} ranks")
+    if len(args.labelled_episodes) != 1:
+        fail("the teacher trains on one label budget: give one value to --labelled-episodes")
+    if args.latents == "none":
+        args.stages = ("expert",)
+    return args
+
+
+def open_run(args: Args) -> tuple[Run, Windows]:
+    """Loads the data, locks runs/<name>/ and refuses it if it holds a run of other arguments."""
+    device, dtype = pick_device(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    target = "pixels" if args.latents == "none" else args.target
+    split = {"probe_fraction": args.probe_fraction, "seed": args.seed}
+    data = Dataset(args.data, args.tasks, target, args.encoder, frame_gap=args.span, **split, device=device)
+    if data.action_dim is None:
+        fail(f"{args.data} has no actions, which the expert needs")
+    args.tasks = data.tasks
+    args.variant = args.variant or default_variant(args, data)
+    name = f"{args.variant}-{args.labelled_episodes[0]}"
+    args.out = args.out or default_folder(name, args.tasks, args.seed, args.data)
+    windows = Windows(data, args)
+    run = Run(Path(args.out), ("teacher", "student", "expert"), args.seed, device, dtype)
+    identity = asdict(args)
+    for name in ("stages", "device", "out", "variant"):
+        del identity[name]
+    run.claim(asdict(args), identity, data.hash)
+    if RANK == 0:
+        print(data.describe())
+    return run, windows
+
+
+def summarise(run: Run, windows: Windows, args: Args) -> None:
+    """summary.json and curves.png of the stages that are done."""
+    names = {"script": "latbot", "variant": args.variant, "domain": asdict(windows.domain)}
+    names["default_variant"] = default_variant(args, windows.data)
+    measured = run.results("teacher") | run.results("student")
+    probed = "latent" if args.latents == "undivided" else "motion"
+    probes = {name: measured.get(f"{probed}_{name}") for name in PROBES}
+    run.summarise(measured | probes | names | windows.data.record())
+
+
+def main(args: Args) -> None:
+    run, windows = open_run(args)
+    student = None
+    if args.latents != "none":
+        # stage 1: latents of scene and motion, from frames t..t+span
+        teacher = train_teacher(run, windows, args)
+
+        # stage 2: the same from the first frame and the instruction alone, and the sub-task in words
+        if args.stages != ("teacher",):
+            student = train_student(run, windows, args, teacher)
+
+    # stage 3: actions from what the student says, learnt from the labelled episodes
+    if "expert" in args.stages:
+        train_expert(run, windows, args, student)
+    summarise(run, windows, args)
+    run.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on from the last checkpoint")
