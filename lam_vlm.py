@@ -16,7 +16,7 @@ where it stopped, with the same weights on a CPU. `load_policy(run_dir)` gives o
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from common import at_least, fail, parse
 from common.actor import Actor, read_run
-from common.dataset import Dataset, chunks, random_shift, to_float
+from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
 from common.records import default_folder, load_checkpoint
 from common.runs import Run, one_cycle
@@ -299,9 +299,10 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def encode(idm: IDM, data: Dataset, rows: np.ndarray) -> Tensor:
+def encode(lam: LAM, data: Dataset, rows: np.ndarray) -> Tensor:
     """Latent actions of the transitions rows -> rows + frame_gap. (N, latent_dim) float32"""
-    latents = [idm(data.observe(part), data.observe(part + data.frame_gap)) for part in chunks(rows)]
+    lam.eval()
+    latents = [lam.idm(data.observe(part), data.observe(part + data.frame_gap)) for part in chunks(rows)]
     return torch.cat(latents).float()
 
 
@@ -334,7 +335,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
                 t = step.rng.choice(labelled, args.batch_size)[run.share]
                 z = lam.idm(data.observe(t), data.observe(t + gap))
                 action_loss = F.mse_loss(lam.action_head(z), data.actions(t))
-                loss = fdm_loss + args.supervision * action_loss
+                loss = loss + args.supervision * action_loss
                 step.log(action_loss=action_loss)
         optimizer.zero_grad()
         loss.backward()
@@ -344,13 +345,13 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
         step.log(loss=loss, fdm_loss=fdm_loss)
 
         if step.probe_due:
-            z_train, z_test = encode(lam.idm, data, train_rows), encode(lam.idm, data, held_out_rows)
+            z_train, z_test = encode(lam, data, train_rows), encode(lam, data, held_out_rows)
             measured = probes.measure(z_train.double().cpu().numpy(), z_test.double().cpu().numpy())
             step.log(**measured)
 
     if not run.finished("lam"):
         sample = data.train[:: max(1, len(data.train) // 10_000)]
-        lam.latent_std.copy_(encode(lam.idm, data, sample).std())
+        lam.latent_std.copy_(common_std(encode(lam, data, sample)))
     run.finish("lam", **measured)
     return lam
 
@@ -360,7 +361,7 @@ def what_to_clone(data: Dataset, args: Args, lam: LAM | None) -> tuple[np.ndarra
     if lam is None:  # --method bc
         rows = data.labelled(args.labelled_episodes[0])
         return rows, data.actions(rows)
-    return data.train, encode(lam.idm, data, data.train) / lam.latent_std
+    return data.train, encode(lam, data, data.train) / lam.latent_std
 
 
 def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Tensor) -> Policy:
@@ -469,16 +470,6 @@ def default_variant(args: Args, data: Dataset) -> str:
     return name
 
 
-def identity_of(args: Args) -> dict:
-    """The arguments that decide what is trained."""
-    identity = asdict(args)
-    for name in ("stages", "device", "out", "variant", "export"):
-        del identity[name]
-    if args.method == "lapo" and not args.supervision:
-        del identity["labelled_episodes"]  # each budget has its decoder, stages 1 and 2 are shared
-    return identity
-
-
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
     at_least(0, args, "max_shift", "res_blocks", "seed", "supervision")
@@ -516,7 +507,10 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
         budget = f"-{args.labelled_episodes[0]}" if args.variant == "bc-few" or args.supervision else ""
         args.out = default_folder(args.variant + budget, args.tasks, args.seed, args.data)
     run = Run(Path(args.out), ("lam", "bc", "decoder"), args.seed, device, dtype)
-    run.claim(asdict(args), identity_of(args), data.hash)
+    aside = ["stages", "device", "out", "variant", "export"]
+    if args.method == "lapo" and not args.supervision:
+        aside.append("labelled_episodes")  # each budget has its decoder, stages 1 and 2 are shared
+    run.claim(args, tuple(aside), data.hash)
     if RANK == 0:
         print(data.describe())
     return run, data
@@ -549,7 +543,7 @@ def main(args: Args) -> None:
 
     if args.export:
         rows = np.sort(np.concatenate([data.train, data.held_out]))
-        data.export_latents(rows, encode(lam.idm, data, rows), run.folder / "latents.parquet")
+        data.export_latents(rows, encode(lam, data, rows), run.folder / "latents.parquet")
     summarise(run, data, args)
     run.close()
     if "decoder" in args.stages and data.action_dim is None:

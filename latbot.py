@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from common import at_least, fail, parse
 from common.actor import read_run
 from common.backbones import TinyBackbone, VLMBackbone
-from common.dataset import Dataset, chunks, random_shift, to_float
+from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
 from common.probes import r2_score
 from common.records import default_folder, load_checkpoint
@@ -416,8 +416,7 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
 
     measured = {}
     if not run.finished("teacher"):
-        teacher.eval()
-        teacher.latent_std.copy_(encode(teacher, windows, data.train).std())
+        teacher.latent_std.copy_(common_std(encode(teacher, windows, data.train)))
         measured = measure(teacher, windows, args)
     run.finish("teacher", **measured)
     return teacher
@@ -457,7 +456,6 @@ def train_student(run: Run, windows: Windows, args: Args, teacher: Teacher) -> S
 
     measured = {}
     if not run.finished("student"):
-        student.eval()
         measured = distilled(student, teacher, windows)
     run.finish("student", **measured)
     return student
@@ -505,6 +503,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student | None
 @torch.no_grad()
 def encode(teacher: Teacher, windows: Windows, rows: np.ndarray) -> Tensor:
     """Latents of the windows rows -> rows + span, scene first. (N, scene_dim + motion_dim) float32"""
+    teacher.eval()
     return torch.cat([teacher.latents(windows, part) for part in chunks(rows, 256)]).float()
 
 
@@ -532,6 +531,7 @@ def measure(teacher: Teacher, windows: Windows, args: Args) -> dict[str, float]:
 @torch.no_grad()
 def distilled(student: Student, teacher: Teacher, windows: Windows) -> dict[str, float]:
     """On held-out episodes: R^2 of the teacher's latents, and how often each word of a sub-task is right."""
+    student.eval()
     rows = windows.data.held_out
     said = [student(windows.data.frame(part), windows.task(part))[0] for part in chunks(rows, 256)]
     wanted = encode(teacher, windows, rows) / teacher.latent_std
@@ -635,10 +635,7 @@ def open_run(args: Args) -> tuple[Run, Windows]:
     args.out = args.out or default_folder(name, args.tasks, args.seed, args.data)
     windows = Windows(data, args)
     run = Run(Path(args.out), ("teacher", "student", "expert"), args.seed, device, dtype)
-    identity = asdict(args)
-    for name in ("stages", "device", "out", "variant"):
-        del identity[name]
-    run.claim(asdict(args), identity, data.hash)
+    run.claim(args, ("stages", "device", "out", "variant"), data.hash)
     if RANK == 0:
         print(data.describe())
     return run, windows

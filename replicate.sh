@@ -1,13 +1,7 @@
 #!/usr/bin/env bash
 # Every command behind every table and figure. A scale is a few loops below, and a `train` in them is one run.
-#   bash replicate.sh near         three tasks, MetaWorld's own camera, 64 px
-#   bash replicate.sh main         six tasks, the camera 0.6 m farther away, 96 px
-#   bash replicate.sh ablations    one-flag variants on drawer-open, with the data of near
-#   bash replicate.sh encoders     targets ranked by the probes of stage 1
-#   bash replicate.sh screen       which tasks bc-all solves at the scale of near
-#   bash replicate.sh mt10         bc-all on all of MT10, with more episodes and updates
-#   bash replicate.sh paper        all of MT10, 5000 episodes a task, Molmo beside the oracle (GPUs, 1 TB)
-#   bash replicate.sh main --list  prints the commands instead, one a line
+#   bash replicate.sh near | main | ablations | encoders | univla | latbot | screen | mt10 | paper
+#   bash replicate.sh main --list     prints the commands instead, one a line
 # A run is trained and rolled out; its small files are then kept in results/SCALE/runs/NAME. A run that has them
 # is skipped, on another machine too: delete them to run it again. What was cut off goes on. JOBS=4: runs at a time,
 # one thread each (default: as many as cores; with CUDA one). SEEDS=0 TASKS=door-open: train these alone.
@@ -22,14 +16,15 @@ collect() { # FLAGS: makes a data set, or adds embeddings to one
 }
 embed() { for id in ${ENCODERS:-}; do collect --encoder "$id" ${ENCODER_FLAGS:-} "$@"; done; }
 named() { basename "$1" | tr -cs 'A-Za-z0-9.\n' '-'; } # as the embeddings of a hub id are
-train() { # NAME FLAGS: a run in runs/SCALE/NAME
-  runs+=("$*")
-  [[ ! $list ]] || echo python lam_vlm.py $preset "${@:2}" --out "runs/$scale/$1"
+script=lam_vlm.py
+train() { # NAME FLAGS: a run of $script in runs/SCALE/NAME
+  runs+=("$script $*")
+  [[ ! $list ]] || echo python $script $preset "${@:2}" --out "runs/$scale/$1"
 }
-one_run() { # NAME FLAGS: trains, rolls out, keeps the scores; what it prints is in runs/SCALE/NAME.log
-  local name=$1 run=runs/$scale/$1 kept=results/$scale/runs/$1 && shift
+one_run() { # SCRIPT NAME FLAGS: trains, rolls out, keeps the scores; what it prints is in runs/SCALE/NAME.log
+  local script=$1 name=$2 run=runs/$scale/$2 kept=results/$scale/runs/$2 && shift 2
   [[ ! -e $kept/summary.json ]] || return 0
-  if ! { python lam_vlm.py $preset "$@" --out "$run" &&
+  if ! { python $script $preset "$@" --out "$run" &&
     python eval.py $preset --runs "$run" --workers 1 --media 0 --out "$run/results"; } > "$run.log" 2>&1; then
     echo "FAILED: $name: $(tail -n 1 "$run.log")" >&2 && return 1
   fi
@@ -41,7 +36,7 @@ one_run() { # NAME FLAGS: trains, rolls out, keeps the scores; what it prints is
 
 tasks="door-open drawer-open drawer-close" six="$tasks button-press-topdown window-open window-close"
 case $scale in
-near | main | paper) # every method
+near | main | paper) # every method: three tasks and 64 px; six, 96 px, the camera 0.6 m farther away; all of MT10
   view="" budgets="2 4 8" data=data/$scale
   if [[ $scale == main ]]; then tasks=$six view="--camera-distance 0.6 --size 96"; fi
   if [[ $scale == paper ]]; then
@@ -64,7 +59,7 @@ near | main | paper) # every method
     train masklam_$run --data $data $on $budgets --target masked
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
-ablations)
+ablations) # one-flag variants on drawer-open
   data=data/near
   collect --tasks $tasks --prompt best positive arm object blind --out $data
   for kept in 0.05 0.1 0.2 0.5 1; do collect --tasks $tasks --background-kept $kept --out $data; done
@@ -96,7 +91,7 @@ ablations)
     for target in clean masked; do train $target-${sees}_$task $on $target-$sees --target $target; done
     for prompt in best blind; do train $prompt-${sees}_$task $on $prompt-$sees --encoder oracle_$prompt; done
   done; done ;;
-encoders)
+encoders) # targets by the probes of stage 1, and what they must deliver
   data=data/encoders
   keys="random_noprompt_L-1_cls random_noprompt_L-1_mean random_noprompt_L-7_cls random_noprompt_L-7_mean"
   collect --encoder random --layers -1 -7 --pools cls mean --out $data # a floor: weights never trained
@@ -131,7 +126,7 @@ encoders)
     done; done
     for key in random_noprompt random-blank_best; do train lapo-${key}_s$seed $on --encoder ${key}_L-1_mean; done
   done ;;
-screen)
+screen) # which tasks bc-all solves at the scale of near
   collect --tasks $six reach push pick-place --encoder none --out data/screen # peg-insert-side takes > 150 steps
   for task in ${TASKS:-$six reach push pick-place}; do
     train bc-all_$task --data data/screen --tasks $task --method bc --labelled-episodes all

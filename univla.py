@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 import lam_vlm
 from common import at_least, fail, parse
 from common.actor import Actor, read_run
-from common.dataset import Dataset, chunks
+from common.dataset import Dataset, chunks, common_std
 from common.device import average, average_gradients, pick_device
 from common.records import default_folder
 from common.runs import Run, one_cycle
@@ -331,9 +331,8 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 
     measured = {}
     if not run.finished(stage):
-        lam.eval()
         sample = data.train[:: max(1, len(data.train) // 10_000)]
-        lam.latent_std.copy_(encode(lam, sample)[stage].std())
+        lam.latent_std.copy_(common_std(encode(lam, sample)[stage].flatten(1)))
         measured = measure(lam, args)
     run.finish(stage, **measured)
     return lam
@@ -342,6 +341,7 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 @torch.no_grad()
 def encode(lam: LAM, rows: np.ndarray) -> dict[str, Tensor]:
     """`LAM.latents` of the transitions rows -> rows + frame_gap, (N, codes, code_dim) each."""
+    lam.eval()
     (tokens,) = lam.tokens
     found = []
     for part in chunks(rows):
@@ -449,10 +449,8 @@ def open_run(args: Args) -> tuple[Run, Tokens]:
     args.out = args.out or default_folder(args.variant, args.tasks, args.seed, args.data)
     tokens = Tokens(data, args.features, args.text)
     run = Run(Path(args.out), ("ti", "tc", "bc", "decoder"), args.seed, device, dtype)
-    identity = asdict(args)
-    for name in ("stages", "device", "out", "variant", "export", "labelled_episodes"):
-        del identity[name]  # they do not decide what is trained, or have files of their own
-    run.claim(asdict(args), identity, data.hash)
+    aside = ("stages", "device", "out", "variant", "export", "labelled_episodes")
+    run.claim(args, aside, data.hash)
     if RANK == 0:
         print(data.describe())
     return run, tokens

@@ -337,6 +337,11 @@ def to_float(frames: Tensor) -> Tensor:
     return frames.float().div_(255).sub_(0.5).contiguous(memory_format=torch.channels_last)
 
 
+def common_std(latents: Tensor) -> Tensor:
+    """One standard deviation for all dimensions of (N, D), each about its own mean."""
+    return (latents - latents.mean(0)).square().mean().sqrt()
+
+
 def random_shift(frames: Tensor, shifts: Tensor, pad: int) -> Tensor:
     """DrQ's augmentation of (B, C, H, W): edges repeated, a crop moved by `shifts` (B, 2) in 0..2*pad."""
     b, c, h, w = frames.shape

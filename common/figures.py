@@ -310,7 +310,7 @@ def plot_strip(strips: list[dict], stride: int, path: Path, columns: int = 8) ->
 
 @plt.rc_context(STYLE)
 def plot_curves(rows: list[dict], path: Path) -> Path | None:
-    """Loss of each stage, and the probes over stage 1. rows: those of metrics.jsonl."""
+    """Losses of each stage, and the probes over stage 1. rows: those of metrics.jsonl."""
     stages = in_order(row["stage"] for row in rows)
     if not stages:
         return None
@@ -318,10 +318,13 @@ def plot_curves(rows: list[dict], path: Path) -> Path | None:
     figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.6), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages):
         mine = [row for row in rows if row["stage"] == stage]
-        updates = [row["update"] for row in mine]
-        losses = [row["loss"] for row in mine]
-        axis.semilogy(updates, losses, color=COLOURS[0])
-        axis.set(title=f"{stage}: loss", xlabel="update")
+        names = in_order(name for row in mine for name in row if name.endswith("loss"))
+        for index, name in enumerate(names):
+            updates = [row["update"] for row in mine if name in row]
+            losses = [row[name] for row in mine if name in row]
+            axis.semilogy(updates, losses, color=COLOURS[index % len(COLOURS)], label=name)
+        axis.set(title=stage, xlabel="update")
+        axis.legend(fontsize=7)
     last = axes[0, -1]
     probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak $R^2$"}
     probes["state_probe_r2"] = "state $R^2$"

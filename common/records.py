@@ -41,10 +41,14 @@ class Log:
     """metrics.jsonl, one object a line, and the same numbers as TensorBoard events. Rank 0 alone writes."""
 
     def __init__(self, folder: Path):
-        from torch.utils.tensorboard import SummaryWriter
-
+        self.folder = folder
         self.path = folder / "metrics.jsonl"
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.open_events()
+
+    def open_events(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a second
+
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
 
     def rows(self) -> list[dict]:
         """All rows; a line that a kill cut is left out."""
@@ -57,10 +61,19 @@ class Log:
         """Drops the rows after the checkpoint from which a stage goes on."""
         kept = [row for row in self.rows() if row["stage"] != stage or row["update"] <= update]
         atomic_write(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.writer.close()
+        for events in (self.folder / "tensorboard").glob("events*"):
+            events.unlink()
+        self.open_events()
+        for row in kept:
+            self.show(**row)
 
-    def write(self, stage: str, update: int, values: dict) -> None:
+    def write(self, stage: str, update: int, **values: float | list | None) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps({"stage": stage, "update": update} | values) + "\n")
+        self.show(stage, update, **values)
+
+    def show(self, stage: str, update: int, **values: float | list | None) -> None:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self.writer.add_scalar(f"{stage}/{name}", value, update)
@@ -75,17 +88,25 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def finished_stages(paths: list[Path], identity: dict) -> dict[str, dict]:
+def stage_order(path: Path, names: tuple[str, ...]) -> tuple:
+    """Sorts checkpoints: lam, bc, decoder_2, decoder_16, decoder_all."""
+    name, _, budget = path.stem.partition("_")
+    if budget.isdecimal():
+        return names.index(name), int(budget)
+    return names.index(name), float("inf")
+
+
+def finished_stages(folder: Path, names: tuple[str, ...], identity: dict) -> dict[str, dict]:
     """{stage: seconds, updates_per_second, parameters, sha256} of the checkpoints of finished stages."""
     stages = {}
-    for path in paths:
+    for path in sorted(folder.glob("*.pt"), key=lambda path: stage_order(path, names)):
         checkpoint = load_checkpoint(path, identity, "cpu")
         if checkpoint["finished"]:
             weights, seconds = checkpoint["module"], checkpoint["seconds"]
             stages[path.stem] = {
                 "seconds": round(seconds, 1),
                 "updates_per_second": round(checkpoint["update"] / max(seconds, 1e-9), 2),
-                "parameters": sum(weight.numel() for weight in weights.values()),
+                "parameters": checkpoint["parameters"],
                 "sha256": hash_weights(weights),
             }
     return stages

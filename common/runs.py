@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from platform import python_version
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ class Step:
         self.values = {}
 
     def log(self, **values: Tensor | float | list | None) -> None:
-        """Scalars by name. Tensors are averaged over the updates between two rows of the log."""
+        """Scalars by name. A row has tensors' means over the updates since the last, and its own numbers."""
         self.values |= values
 
 
@@ -86,22 +86,29 @@ class Run:
             self.lock = lock_folder(folder)
             self.log = Log(folder)
 
-    def claim(self, args: dict, identity: dict, data_hash: str) -> None:
-        """Writes args.json; refuses a folder that holds a run of another identity, and names what differs."""
-        identity = json.loads(json.dumps(identity))
+    def claim(self, args: object, aside: tuple[str, ...], data_hash: str) -> None:
+        """Writes args.json; refuses a folder that holds a run of other arguments, and names what differs.
+
+        aside: fields that do not decide what is trained. Defaults are no part of the identity, so that a new
+        flag does not lock out older runs.
+        """
+        identity, defaults = (json.loads(json.dumps(asdict(each))) for each in (args, type(args)()))
+        for name in aside:
+            del identity[name]
         path = self.folder / "args.json"
         if path.exists():
-            stored = read_json(path)
-            changed = [key for key, value in identity.items() if stored.get(key) != value]
+            there = defaults | read_json(path)
+            changed = [key for key, value in identity.items() if there[key] != value]
             if changed:
-                why = "; ".join(f"{key}: {stored.get(key)} there, {identity[key]} here" for key in changed)
+                why = "; ".join(f"{key}: {there[key]} there, {identity[key]} here" for key in changed)
                 fail(f"{self.folder} is a run with other arguments ({why}); choose another --out")
-        digest = hashlib.sha256(json.dumps([identity, data_hash]).encode()).hexdigest()[:16]
+        chosen = {key: value for key, value in identity.items() if value != defaults[key]}
+        digest = hashlib.sha256(json.dumps([chosen, data_hash]).encode()).hexdigest()[:16]
         self.identity = {"run": digest, "data": data_hash}
         if WORLD > 1:
             dist.barrier()  # nobody trains before every rank has agreed
         if RANK == 0:
-            write_json(path, args)
+            write_json(path, asdict(args))
 
     def autocast(self) -> torch.autocast | nullcontext:
         if self.dtype == torch.float32:
@@ -124,8 +131,7 @@ class Run:
         number = 1 + self.stages.index(stage.split("_")[0])
         probe_every = max(LOG_EVERY, updates // PROBES // LOG_EVERY * LOG_EVERY)
         begun, earlier = time.time(), training.seconds
-        sums, summed = {}, 0
-        module.train()
+        sums, counts = {}, {}
         bar = tqdm(total=updates, initial=start, desc=stage, unit="update", mininterval=1, disable=RANK > 0)
         for update in range(start, updates):
             done = update + 1
@@ -133,20 +139,21 @@ class Run:
             torch.manual_seed(1_000_003 * self.seed + 10**7 * number + update + 10**12 * RANK)
             rng = np.random.default_rng([self.seed, number, update])
             step = Step(update, rng, probe_due=last or done % probe_every == 0)
+            module.train()
             yield step
 
             bar.update()
-            summed += 1
             row = {}
             for name, value in step.values.items():
                 if isinstance(value, Tensor):
                     sums[name] = sums.get(name, 0) + value.detach()
+                    counts[name] = counts.get(name, 0) + 1
                 else:
                     row[name] = value
             if done % LOG_EVERY and not last:
                 continue
-            means = {name: float(average(total)) / summed for name, total in sums.items()}
-            sums, summed = {}, 0
+            means = {name: float(average(total)) / counts[name] for name, total in sums.items()}
+            sums, counts = {}, {}
             if not np.isfinite(means["loss"]):
                 bar.close()
                 kept = "the last good checkpoint, if any, stays; try a lower --lr"
@@ -156,7 +163,7 @@ class Run:
             training.seconds = earlier + seconds
             speed = {"lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / seconds}
             if RANK == 0:
-                self.log.write(stage, done, means | speed | row)
+                self.log.write(stage, done, **means, **speed, **row)
             if done % CHECKPOINT_EVERY == 0 and not last:
                 self.save(stage, done)
         bar.close()
@@ -191,6 +198,7 @@ class Run:
             "schedule": training.schedule.state_dict(),
             "update": update,
             "seconds": training.seconds,
+            "parameters": sum(weight.numel() for weight in training.module.parameters()),
             "finished": training.finished,
             "results": training.results,
             "identity": self.identity,
@@ -221,8 +229,7 @@ class Run:
             return
         from common.figures import plot_curves  # takes a second
 
-        paths = sorted(self.folder.glob("*.pt"), key=self.stage_order)
-        stages = finished_stages(paths, self.identity)
+        stages = finished_stages(self.folder, self.stages, self.identity)
         hashes = policy_hashes(stages, bc_budget)
         summary = fields | {
             "seed": self.seed,
@@ -236,24 +243,13 @@ class Run:
             "dtype": str(self.dtype),
             "ranks": WORLD,
             "threads": torch.get_num_threads(),
-            "versions": {
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "numpy": np.__version__,
-            },
+            "versions": {"python": python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
         write_json(self.folder / "summary.json", summary)
         plot_curves(self.log.rows(), self.folder / "curves.png")
         times = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in stages.items())
         probes = {key: round(value, 3) for key, value in fields.items() if isinstance(value, float)}
         print(f"{self.folder}: {times}; {probes or 'no probes'}")
-
-    def stage_order(self, path: Path) -> tuple:
-        """Sorts checkpoints: lam, bc, decoder_2, decoder_16, decoder_all."""
-        name, _, budget = path.stem.partition("_")
-        if budget.isdecimal():
-            return self.stages.index(name), int(budget)
-        return self.stages.index(name), np.inf
 
     def close(self) -> None:
         """Lets go of the folder and of the other ranks."""

@@ -189,13 +189,15 @@ def test_strip_shows_the_same_times(drawn):
 
 
 def test_curves_of_a_run(drawn):
-    rows = [{"stage": "lam", "update": 50, "loss": 1.0}]
+    rows = [{"stage": "lam", "update": 50, "loss": 1.0, "codebook_loss": 0.3}]
     rows += [{"stage": "lam", "update": 100, "loss": 0.5, "action_probe_nmse": 0.7, "leak_probe_r2": None}]
     rows += [{"stage": "bc", "update": 50, "loss": 0.2}, {"stage": "decoder_2", "update": 50, "loss": 0.1}]
     figures.plot_curves(rows, Path("curves.png"))
     panels = drawn["curves.png"].axes
-    assert [axes.get_title() for axes in panels[:-1]] == ["lam: loss", "bc: loss", "decoder_2: loss"]
+    assert [axes.get_title() for axes in panels[:-1]] == ["lam", "bc", "decoder_2"]
     assert panels[0].lines[0].get_xydata().tolist() == [[50, 1.0], [100, 0.5]]
+    assert labels(panels[0]) == ["loss", "codebook_loss"], "a loss that a fork adds is drawn as well"
+    assert panels[0].lines[1].get_xydata().tolist() == [[50, 0.3]]
     assert labels(panels[-1]) == ["action probe NMSE"]
     assert figures.plot_curves([], Path("none.png")) is None
 

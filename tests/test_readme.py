@@ -23,6 +23,7 @@ import collect
 import eval as evaluate
 import import_videos
 import lam_vlm
+import latbot
 import linear_lam
 import univla
 
@@ -31,6 +32,7 @@ SCRIPTS = {
     "import_videos.py": import_videos,
     "lam_vlm.py": lam_vlm,
     "univla.py": univla,
+    "latbot.py": latbot,
     "eval.py": evaluate,
     "linear_lam.py": linear_lam,
 }
@@ -41,6 +43,7 @@ CUT = {
     "import_videos.py": "--size 32",
     "lam_vlm.py": "--lam-updates 2 --bc-updates 2 --decoder-updates 2 --batch-size 4 --widths 8 16",
     "univla.py": "--lam-updates 2 --bc-updates 2 --decoder-updates 2 --lam-batch 4 --batch-size 4 --width 16",
+    "latbot.py": "--teacher-updates 2 --student-updates 2 --expert-updates 2 --batch-size 4 --width 16",
     "eval.py": "--episodes 1 --envs 1 --workers 1 --media 1",
     "linear_lam.py": "--updates 5 --restarts 1",
 }
@@ -89,7 +92,9 @@ def parse(script: str, flags: list[str]) -> object:
 def cut(script: str, flags: list[str]) -> list[str]:
     """The same command at its smallest size: of a flag that is given twice, the last value counts."""
     flags = flags + CUT[script].split()
-    if script in ("lam_vlm.py", "univla.py") and "all" not in flags:
+    if script in ("lam_vlm.py", "univla.py", "latbot.py") and "--labelled-episodes all" not in shlex.join(
+        flags
+    ):
         flags += ["--labelled-episodes", "1"]  # of the two that the small data sets have
     if script == "eval.py" and "--labelled" in flags:
         flags += ["--labelled", "1"]

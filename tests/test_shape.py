@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ("collect", "import_videos", "lam_vlm", "univla", "eval", "linear_lam")
+SCRIPTS = ("collect", "import_videos", "lam_vlm", "univla", "latbot", "eval", "linear_lam")
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("common/*.py")])
 LINES = {  # at most
     "collect.py": 430,
     "import_videos.py": 290,
     "lam_vlm.py": 570,
     "univla.py": 515,
+    "latbot.py": 690,
     "eval.py": 430,
     "linear_lam.py": 640,
     "replicate.sh": 150,

@@ -1,0 +1,370 @@
+"""latbot.py: words, masks, normalisation, flow, stages; on made-up data."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from conftest import kill_when, refusal, run_script, start_script
+from made_up import SIZE, make_data
+
+import latbot
+from common import runs
+from common.backbones import VLMBackbone
+from common.tasks import language_motion
+
+SMALL = "--motion-dim 3 --scene-dim 5 --frames 3 --span 4 --tokens 2 --width 16 --heads 2 --blocks 1"
+SMALL += " --widths 4 8 --stem 2 --batch-size 8 --teacher-updates 4 --student-updates 4 --expert-updates 4"
+SMALL += " --labelled-episodes 2 --max-shift 2 --euler-steps 3 --device cpu --dtype float32"
+GOLDEN = {"teacher": [2.14107, 2.1087], "student": [3.32138, 2.71447], "expert_2": [1.79585, 2.32438]}
+
+
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory) -> Path:
+    root = make_data(tmp_path_factory.mktemp("made_up"))
+    for path in root.glob("*/shard_*/states.npy"):  # a hand that moves by centimetres
+        np.save(path, 0.02 * np.load(path))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def log_every_update(monkeypatch):
+    monkeypatch.setattr(runs, "LOG_EVERY", 1)
+
+
+def parse(data: Path, out: Path, *flags: object) -> latbot.Args:
+    return latbot.parse_args([*SMALL.split(), "--data", str(data), "--out", str(out), *map(str, flags)])
+
+
+@pytest.fixture
+def new_run(made_up, tmp_path):
+    """new_run(*flags) -> Run, Windows, Args, in a folder of its own; let go at the end."""
+    opened = []
+
+    def make(*flags: object):
+        args = parse(made_up, tmp_path / f"run{len(opened)}", *flags)
+        run, windows = latbot.open_run(args)
+        opened.append(run)
+        return run, windows, args
+
+    yield make
+    for run in opened:
+        run.close()
+
+
+def rows_of(folder: Path, stage: str) -> list[dict]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["stage"] == stage]
+
+
+# ------------------------------------------------------------ words
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ((0, 0, 0, 0), "stay"),
+        ((0.02, 0, 0, 0), "move right"),
+        ((-0.02, 0.03, 0.005, 0), "move left and forward"),
+        ((0.02, -0.02, -0.02, 0.1), "move right and back and down, open the gripper"),
+        ((0, 0, 0.011, -0.2), "move up, close the gripper"),
+        ((0.01, 0, 0, 0.05), "stay"),
+    ],
+)
+def test_language_motions(change, words):
+    now = np.zeros(39)
+    later = now.copy()
+    later[:4] = change
+    assert language_motion(now, later) == words
+
+
+def test_subtasks_are_those_of_the_labelled_episodes(new_run):
+    _, windows, _ = new_run()
+    _, all_windows, _ = new_run("--text", "all")
+    states = windows.data.columns["states"]
+    for row in windows.whole[:5]:
+        name = windows.domain.subtasks[windows.subtask[row]]
+        assert name == language_motion(*states[np.array([row, row + 4])])
+    assert set(windows.said) < set(all_windows.said) and len(all_windows.said) == len(windows.data.train)
+    assert set(windows.domain.subtasks) <= set(all_windows.domain.subtasks)
+    assert new_run("--text", "none")[1].domain.subtasks == []
+
+
+# ------------------------------------------------------------ models
+
+
+def test_text_is_causal_and_nothing_else_sees_it(new_run):
+    """A word's logits do not depend on it or on later ones; the queries do not depend on any."""
+    _, windows, args = new_run()
+    torch.manual_seed(0)
+    student = latbot.Student(windows.domain, args).eval()
+    backbone, rows = student.backbone, windows.said[:2]
+    first, task, subtask = windows.data.frame(rows), windows.task(rows), windows.subtask_of(rows)
+    z, logits, targets = student(first, task, subtask)
+    assert logits.shape[:2] == targets.shape and torch.allclose(student(first, task)[0], z, atol=1e-6)
+    place = 1
+    changed = backbone.subtasks.clone()
+    backbone.subtasks[:, place] = (backbone.subtasks[:, place] + 1).clamp(0, 3)
+    assert not torch.equal(changed, backbone.subtasks)
+    other_z, other_logits, _ = student(first, task, subtask)
+    assert torch.allclose(z, other_z, atol=1e-6)
+    assert torch.allclose(logits[:, : place + 1], other_logits[:, : place + 1], atol=1e-6)
+    assert not torch.allclose(logits[:, place + 1 :], other_logits[:, place + 1 :])
+    text = [word for word in targets[0].tolist() if word >= 0]
+    assert text[-1] == 0, "a text ends with <end>"
+
+
+def test_the_teacher_sees_every_frame_and_the_instruction(new_run):
+    _, windows, args = new_run()
+    teacher = latbot.Teacher(windows, args).eval()
+    rows = windows.data.train[:2]
+    frames, task = windows.frames(rows), windows.task(rows)
+    assert frames.shape == (2, 3, 3, SIZE, SIZE)
+    for index, ahead in enumerate((0, 2, 4)):
+        assert torch.equal(frames[:, index], windows.data.frame(rows + ahead))
+    states, _, _ = teacher.backbone(frames, task)
+    for index in range(3):
+        other = frames.clone()
+        other[:, index] = 255 - other[:, index]
+        assert not torch.allclose(teacher.backbone(other, task)[0], states)
+    assert not torch.allclose(teacher.backbone(frames, 1 - task)[0], states)
+
+
+@pytest.mark.parametrize("latents", ["split", "undivided"])
+def test_streams_exchange_both_ways(new_run, latents):
+    """Actions depend on the scene latent and the target on the motion latent, through the other stream."""
+    _, windows, args = new_run("--latents", latents, "--fdm-sees", "z")
+    decoder = latbot.Teacher(windows, args).decoder
+    first, z = windows.data.frame(windows.data.train[:2]), torch.randn(2, 8, requires_grad=True)
+    change, actions = decoder(first, z)
+    assert change.shape == (2, 3, SIZE, SIZE) and actions.shape == (2, 4, 4)
+    for output in (change, actions):
+        (gradient,) = torch.autograd.grad(output.square().sum(), z, retain_graph=True)
+        assert (gradient.abs().sum(0) > 0).all()
+    assert torch.allclose(decoder(255 - first, z)[0], change), "it sees the latents alone"
+
+
+def test_a_target_vector_is_predicted(new_run):
+    _, windows, args = new_run("--target", "embedding", "--encoder", "made_up")
+    teacher = latbot.Teacher(windows, args)
+    change, _ = teacher.decoder(windows.data.frame(windows.data.train[:2]), torch.randn(2, 8))
+    assert change.shape == windows.data.target(windows.data.train[:2]).shape == (2, 6)
+
+
+# ------------------------------------------------------------ actions
+
+
+def test_normalisation_and_its_inverse(new_run):
+    """Chunks come back as they were; the gripper has the two levels of the labelled episodes."""
+    _, windows, args = new_run()
+    expert = latbot.Expert(latbot.Student(windows.domain, args), windows.domain, args)
+    expert.set_scale(windows)
+    rows = windows.labelled[-3:]
+    motion, gripper = windows.chunk(rows)
+    last = windows.data.last[rows] - 1
+    steps = np.minimum(rows[:, None] + np.arange(4), last[:, None])
+    actions = windows.data.columns["actions"][steps.reshape(-1)].reshape(3, 4, 4)
+    back = (motion + 1) * expert.scale[:-1] + expert.low[:-1]
+    assert np.allclose(back.numpy(), actions[..., :-1], atol=1e-6)
+    upper = actions[..., -1] > windows.middle
+    assert np.array_equal(gripper.numpy(), upper)
+    labelled = windows.data.columns["actions"][windows.labelled][:, -1]
+    expected = [labelled[labelled <= windows.middle].mean(), labelled[labelled > windows.middle].mean()]
+    assert np.allclose(windows.levels, expected)
+    with torch.no_grad():
+        acted = expert.act(torch.randn(3, 8), torch.randn(3, 4, 3))
+    assert set(acted[..., -1].flatten().tolist()) <= set(expert.levels.tolist())
+
+
+def test_flow_matching_recovers_two_modes(new_run):
+    """Targets -1 and 1 in equal shares, whatever the condition: the flow gives both, and little between."""
+    _, windows, args = new_run("--width", 32, "--euler-steps", 20)
+    torch.manual_seed(0)
+    expert = latbot.Expert(latbot.Student(windows.domain, args), windows.domain, args)
+    optimizer = torch.optim.Adam(expert.flow.parameters(), 3e-3)
+    for _ in range(600):
+        sign = torch.randint(0, 2, (256, 1, 1)) * 2.0 - 1
+        motion, noise, time = sign.expand(-1, 4, 3), torch.randn(256, 4, 3), torch.rand(256, 1)
+        noisy = (1 - time[..., None]) * noise + time[..., None] * motion
+        velocity = expert.velocity(torch.zeros(256, 8), noisy, time)
+        loss = ((velocity - (motion - noise)) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        samples = expert.act(torch.zeros(500, 8), torch.randn(500, 4, 3))[..., :-1] - 1  # scale 1, low 0
+    signs = samples.mean((1, 2)).sign()
+    assert 0.35 < (signs > 0).float().mean() < 0.65
+    assert (samples.abs() - 1).abs().mean() < 0.25, "near the modes"
+
+
+# ------------------------------------------------------------ stages
+
+
+def test_each_stage_can_learn_a_batch_by_heart(new_run):
+    flags = (
+        "--teacher-updates 300 --student-updates 300 --expert-updates 300 --max-shift 0 --lr 3e-3 --width 32"
+    )
+    run, windows, args = new_run(*flags.split(), "--student", "trains", "--width", 32)
+    of_task = [rows[:2] for _, rows, _ in windows.data.probes_of_tasks()]
+    windows.data.train = np.concatenate(of_task)
+    windows.whole = windows.said = windows.whole[:3]
+    windows.labelled = windows.labelled[:3]
+    teacher = latbot.train_teacher(run, windows, args)
+    student = latbot.train_student(run, windows, args, teacher)
+    latbot.train_expert(run, windows, args, student)
+    for stage, name, factor in [
+        ("teacher", "target_loss", 0.1),
+        ("teacher", "motion_loss", 0.1),
+        ("student", "latent_loss", 0.1),
+        ("student", "text_loss", 0.1),
+        ("expert_2", "gripper_loss", 0.1),
+    ]:
+        losses = [row[name] for row in rows_of(run.folder, stage)]
+        assert losses[-1] < factor * losses[0], (stage, name, losses[0], losses[-1])
+
+
+def test_frozen_means_frozen(new_run):
+    """Distillation does not move the teacher, nor the expert a frozen student; it does one that trains."""
+    run, windows, args = new_run()
+    teacher = latbot.train_teacher(run, windows, args)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student = latbot.train_student(run, windows, args, teacher)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    latbot.train_expert(run, windows, args, student)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    args.student, args.labelled_episodes = "trains", ("1",)
+    latbot.train_expert(run, windows, args, student)
+    assert any(not torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+ROWS = {
+    "": "latbot",
+    "--latents undivided --action-weight 0": "undivided",
+    "--action-weight 0": "split",
+    "--latents undivided": "actions",
+    "--latents none": "no-latents",
+    "--target embedding --encoder made_up": "latbot-made-up-L0-all",
+    "--text all": "latbot-text-all",
+    "--text none --fdm-sees z": "latbot-z-text-none",
+}
+
+
+@pytest.mark.parametrize("flags", ROWS)
+def test_from_end_to_end(made_up, tmp_path, flags):
+    latbot.main(parse(made_up, tmp_path / "run", *flags.split()))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["variant"].startswith(ROWS[flags].split("-L0")[0]) and summary["script"] == "latbot"
+    probed = {"undivided": "latent", "actions": "latent", "no-latents": None}.get(ROWS[flags], "motion")
+    if probed is not None:
+        assert np.isfinite(summary[f"{probed}_leak_probe_r2"])
+        assert summary["action_probe_nmse"] == summary[f"{probed}_action_probe_nmse"]
+        assert ("text_accuracy" in summary) == ("none" not in flags) and summary["latents_r2"] < 1
+    policy = latbot.load_policy(tmp_path / "run")
+    frames = np.random.default_rng(0).integers(0, 256, (2, 1, SIZE, SIZE, 3), np.uint8)
+    keys = [[0, 1, 2, 3], [0, 1, 3, 3]]
+    chunk = policy.plan(frames, "push", keys)
+    assert chunk.shape == (2, 4, 4) and np.abs(chunk).max() <= 1
+    assert np.array_equal(policy.plan(frames, "push", keys), chunk), "the keys decide the noise"
+    assert not np.array_equal(policy.plan(frames, "push", keys[::-1]), chunk)
+    assert np.allclose(policy.plan(frames[1:], "push", keys[1:])[0], chunk[1], atol=1e-5)
+
+
+def test_golden_step(new_run):
+    run, windows, args = new_run("--teacher-updates", 2, "--student-updates", 2, "--expert-updates", 2)
+    teacher = latbot.train_teacher(run, windows, args)
+    latbot.train_expert(run, windows, args, latbot.train_student(run, windows, args, teacher))
+    losses = {stage: [row["loss"] for row in rows_of(run.folder, stage)] for stage in GOLDEN}
+    for stage, values in GOLDEN.items():
+        assert losses[stage] == pytest.approx(values, abs=1e-4), losses
+
+
+def test_killed_and_resumed_equals_uninterrupted(made_up, tmp_path):
+    flags = [*SMALL.split(), "--student-updates", 300, "--data", made_up]
+
+    def reached() -> bool:
+        path = tmp_path / "killed/metrics.jsonl"
+        return path.exists() and '"stage": "student", "update": 250' in path.read_text()
+
+    kill_when(start_script("latbot.py", *flags, "--out", "killed", cwd=tmp_path), reached)
+    assert torch.load(tmp_path / "killed/student.pt", weights_only=True)["update"] == 200
+    for name in ("killed", "whole"):
+        result = run_script("latbot.py", *flags, "--out", name, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole")]
+    hashes = [{name: stage["sha256"] for name, stage in each["per_stage"].items()} for each in summaries]
+    assert hashes[0] == hashes[1] and set(hashes[0]) == {"teacher", "student", "expert_2"}
+    assert summaries[0]["policy_hash"] == summaries[1]["policy_hash"] and summaries[0]["policy_hash"]["2"]
+
+
+# ------------------------------------------------------------ a vision-language model, tiny and random
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    tiny_models.llava(folder)
+    return folder
+
+
+def test_a_vlm_gets_two_words_and_keeps_its_vision(llava):
+    torch.manual_seed(0)
+    texts = ["open the drawer", "push the puck"], ["move left", "stay"]
+    backbone = VLMBackbone(str(llava), 4, *texts).eval()
+    frames = torch.randint(0, 256, (2, 2, 3, 56, 56), dtype=torch.uint8)
+    task, subtask = torch.tensor([0, 1]), torch.tensor([1, 0])
+    with torch.no_grad():
+        states, logits, targets = backbone(frames, task, subtask)
+        alone, _, _ = backbone(frames[1:], task[1:])
+    assert states.shape == (2, 4, backbone.width)
+    assert torch.allclose(states[1], alone[0], atol=1e-4), "neither the batch nor the text behind is seen"
+    said = [backbone.processor.tokenizer.decode(row[row >= 0]) for row in targets]
+    assert [text.split("</s>")[0].strip() for text in said] == ["stay", "move left"]
+    assert logits.shape[:2] == targets.shape
+    trained = {name for name, value in backbone.named_parameters() if value.requires_grad}
+    assert trained and not any("vision" in name for name in trained)
+    assert len(set(backbone.marks)) == 2 and min(backbone.marks) > 0
+
+
+def test_a_vlm_from_end_to_end(made_up, llava, tmp_path):
+    flags = "--frames 2 --teacher-updates 2 --student-updates 2 --expert-updates 2 --batch-size 4"
+    latbot.main(parse(made_up, tmp_path / "run", *flags.split(), "--backbone", llava))
+    chunk = latbot.load_policy(tmp_path / "run").plan(
+        np.zeros((1, 1, SIZE, SIZE, 3), np.uint8), "push", [[0]]
+    )
+    assert chunk.shape == (1, 4, 4)
+
+
+# ------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--width 18 --heads 4", "--heads"),
+        ("--backbone nowhere", "is no folder"),
+        ("--labelled-episodes 1 2", "one value"),
+        ("--frames 9", "--span"),
+        ("--labelled-episodes 9", "from 1 to 4"),
+        ("--target embedding --encoder nothing", "names no embeddings"),
+        ("--stem 3", "multiple of"),
+    ],
+)
+def test_bad_flags_are_refused(made_up, tmp_path, flags, words):
+    with pytest.raises(SystemExit, match=words) as error:
+        latbot.main(parse(made_up, tmp_path / "run", *flags.split()))
+    assert "\n" not in str(error.value)
+
+
+def test_videos_lack_states_and_may_lack_actions(tmp_path):
+    root = make_data(tmp_path / "videos", arrays=["frames", "episode", "step", "actions"])
+    result = run_script("latbot.py", *SMALL.split(), "--data", root, "--out", "run", cwd=tmp_path)
+    assert "--text none" in refusal(result)
+    flags = ("--text", "none", "--out", "run")
+    assert run_script("latbot.py", *SMALL.split(), "--data", root, *flags, cwd=tmp_path).returncode == 0
+    root = make_data(tmp_path / "silent", arrays=["frames", "episode", "step"])
+    result = run_script("latbot.py", *SMALL.split(), "--data", root, *flags, cwd=tmp_path)
+    assert "has no actions" in refusal(result)
