@@ -542,8 +542,7 @@ def main(args: Args) -> None:
             train_decoder(run, data, args, policy, budget)
 
     if args.export:
-        rows = np.sort(np.concatenate([data.train, data.held_out]))
-        data.export_latents(rows, encode(lam, data, rows), run.folder / "latents.parquet")
+        data.export_latents(encode(lam, data, data.transitions), run.folder / "latents.parquet")
     summarise(run, data, args)
     run.close()
     if "decoder" in args.stages and data.action_dim is None:

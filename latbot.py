@@ -2,15 +2,11 @@
 
     python latbot.py --data data/main                              several tasks, each with its instruction
     python latbot.py --data data/main --target embedding           the decoder predicts the oracle's embedding
-    python latbot.py --data data/main --latents undivided          one latent instead of two
-    python latbot.py --data data/main --action-weight 0            the decoder predicts frames alone
-    python latbot.py --data data/main --latents none               student and expert from the labels alone
     python latbot.py --data data/main --backbone llava-hf/llava-1.5-7b-hf
 
-Four things are learnt: a teacher, which sees frames t..t+span and makes latents of scene and motion, from
-which a decoder predicts the frame at t+span and, on labelled episodes, the actions; a student, which sees the
-first frame and the instruction alone, and says the teacher's latents and the sub-task in words; an expert,
-which turns what the student says into actions by flow matching. Then eval.py rolls it out.
+A teacher sees frames t..t+span and makes latents of scene and motion, from which a decoder predicts the frame
+at t+span and, on labelled episodes, the actions. A student sees the first frame and the instruction, and says
+the teacher's latents and the sub-task in words. An expert turns what it says into actions by flow matching.
 After LatBot, arXiv 2511.23034, of which no code is public; what is ours: docs/latbot.md.
 """
 
@@ -64,8 +60,6 @@ class Args:
     """weight of the actions in the teacher's loss, on the labelled episodes; 0: the frame alone"""
     text: Literal["labelled", "all", "none"] = "labelled"
     """episodes whose sub-tasks the student learns to say: labelled, all, none"""
-    text_weight: float = 0.5
-    """weight of the sub-task's next-token loss"""
     student: Literal["trains", "frozen"] = "frozen"
     """whether the student trains on with the expert (with --latents none it always does)"""
     labelled_episodes: tuple[str, ...] = ("8",)
@@ -118,6 +112,8 @@ class Args:
     """name under which eval.py groups the seeds of one method; empty: latbot, latbot-oracle, split, ..."""
     out: str = ""
     """folder of the run; empty: runs/<variant>-<budget>_<tasks>_s<seed>, and the data set's name"""
+    export: bool = False
+    """also write runs/<name>/latents.parquet: the teacher's latents of every window, scene first"""
 
 
 QUICK = Args()
@@ -143,6 +139,7 @@ PAPER = Args(
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
 PROBES = ("action_probe_nmse", "leak_probe_r2")
+TEXT_WEIGHT = 0.5  # of the sub-task's next-token loss (published)
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -242,7 +239,6 @@ class Latents(nn.Module):
 
     def __init__(self, width: int, args: Args):
         super().__init__()
-        self.undivided = args.latents == "undivided"
         states = args.tokens * width
         self.to_scene, self.to_motion = nn.Linear(states, args.scene_dim), nn.Linear(states, args.motion_dim)
 
@@ -310,7 +306,8 @@ class Teacher(nn.Module):
         super().__init__()
         for name, value in windows.data.statistics().items():  # mean, std, change_mean, change_std
             self.register_buffer(name, value)
-        self.register_buffer("latent_std", torch.ones(()))  # set at the end
+        self.register_buffer("latent_mean", torch.zeros(args.scene_dim + args.motion_dim))  # set at the end
+        self.register_buffer("latent_std", torch.ones(()))
         self.backbone = make_backbone(windows.domain, args, args.frames)
         self.to_latents = Latents(self.backbone.width, args)
         target_dim = None  # a picture
@@ -344,8 +341,7 @@ class Expert(nn.Module):
 
     def __init__(self, student: Student, domain: Domain, args: Args):
         super().__init__()
-        self.student = student
-        self.euler_steps = args.euler_steps
+        self.student, self.euler_steps = student, args.euler_steps
         dims, motion = args.scene_dim + args.motion_dim, args.span * (domain.action_dim - 1)
         self.flow = mlp(motion + dims + 1, 2 * args.width, motion)
         self.gripper = mlp(dims, 2 * args.width, args.span)
@@ -416,7 +412,9 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
 
     measured = {}
     if not run.finished("teacher"):
-        teacher.latent_std.copy_(common_std(encode(teacher, windows, data.train)))
+        z = encode(teacher, windows, data.train)
+        teacher.latent_mean.copy_(z.mean(0))
+        teacher.latent_std.copy_(common_std(z))
         measured = measure(teacher, windows, args)
     run.finish("teacher", **measured)
     return teacher
@@ -425,7 +423,7 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
 def train_student(run: Run, windows: Windows, args: Args, teacher: Teacher) -> Student:
     """Stage 2: the teacher's latents, and the sub-task's words, from the first frame and the instruction."""
     data = windows.data
-    z = encode(teacher, windows, data.train) / teacher.latent_std  # detached: the teacher is frozen
+    z = said_by(teacher, windows, data.train)  # detached: the teacher is frozen
     torch.manual_seed(args.seed + 1)
     student = Student(windows.domain, args).to(run.device)
     optimizer, schedule = one_cycle(student, args.lr, args.weight_decay, args.student_updates)
@@ -445,7 +443,7 @@ def train_student(run: Run, windows: Windows, args: Args, teacher: Teacher) -> S
                 t = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
                 _, logits, targets = student(data.frame(t), windows.task(t), windows.subtask_of(t))
                 text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-                loss = loss + args.text_weight * text_loss
+                loss = loss + TEXT_WEIGHT * text_loss
                 step.log(text_loss=text_loss)
         optimizer.zero_grad()
         loss.backward()
@@ -507,6 +505,11 @@ def encode(teacher: Teacher, windows: Windows, rows: np.ndarray) -> Tensor:
     return torch.cat([teacher.latents(windows, part) for part in chunks(rows, 256)]).float()
 
 
+def said_by(teacher: Teacher, windows: Windows, rows: np.ndarray) -> Tensor:
+    """The latents as the student is to say them: centred, in their natural scale up to one factor."""
+    return (encode(teacher, windows, rows) - teacher.latent_mean) / teacher.latent_std
+
+
 def parts_of(z: Tensor, args: Args) -> dict[str, Tensor]:
     """{"scene", "motion"} of latents side by side, or the undivided one as {"latent"}."""
     if args.latents == "undivided":
@@ -521,8 +524,7 @@ def measure(teacher: Teacher, windows: Windows, args: Args) -> dict[str, float]:
     for probes, *splits in windows.data.probes_of_tasks():
         train, held_out = (parts_of(encode(teacher, windows, rows), args) for rows in splits)
         for name in train:
-            pair = (z[name].double().cpu().numpy() for z in (train, held_out))
-            measured = probes.measure(*pair)
+            measured = probes.measure(*(z[name].double().cpu().numpy() for z in (train, held_out)))
             for probe in PROBES:
                 values[f"{name}_{probe}"].append(measured[probe])
     return {name: float(np.mean(found)) for name, found in values.items() if None not in found}
@@ -534,7 +536,7 @@ def distilled(student: Student, teacher: Teacher, windows: Windows) -> dict[str,
     student.eval()
     rows = windows.data.held_out
     said = [student(windows.data.frame(part), windows.task(part))[0] for part in chunks(rows, 256)]
-    wanted = encode(teacher, windows, rows) / teacher.latent_std
+    wanted = said_by(teacher, windows, rows)
     result = {"latents_r2": r2_score(wanted.cpu().numpy(), torch.cat(said).float().cpu().numpy())}
     if windows.domain.subtasks:
         right = []
@@ -583,24 +585,22 @@ def default_variant(args: Args, data: Dataset) -> str:
     """latbot, latbot-oracle, latbot-text-all, split, actions, undivided, no-latents, ..., -clean-data."""
     names = {("split", True): "latbot", ("split", False): "split", ("undivided", True): "actions"}
     name = names.get((args.latents, args.action_weight > 0), "undivided")
-    if args.latents == "none":
-        name = "no-latents"
-    if args.target == "embedding":
-        name += f"-{data.embedding['name']}"
-    elif args.target != "pixels":
-        name += f"-{args.target}"
-    if args.fdm_sees == "z":
-        name += "-z"
-    if args.text != "labelled":
-        name += f"-text-{args.text}"
-    if data.meta["env"] is not None and data.meta["env"]["videos"] == "none":
-        name += "-clean-data"
-    return name
+    simulated, embedding = data.meta["env"] is not None, data.embedding or {"name": ""}
+    parts = {
+        f"-{embedding['name']}": args.target == "embedding",
+        f"-{args.target}": args.target in ("clean", "masked"),
+        "-z": args.fdm_sees == "z",
+        f"-text-{args.text}": args.text != "labelled",
+        "-clean-data": simulated and data.meta["env"]["videos"] == "none",
+    }
+    if args.latents == "none":  # then the others say nothing
+        name, parts = "no-latents", {"-clean-data": parts["-clean-data"]}
+    return name + "".join(part for part, holds in parts.items() if holds)
 
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "max_shift", "res_blocks", "seed", "action_weight", "text_weight")
+    at_least(0, args, "max_shift", "res_blocks", "seed", "action_weight")
     at_least(1, args, "motion_dim", "scene_dim", "span", "tokens", "width", "heads", "blocks", "stem")
     at_least(1, args, "euler_steps", "teacher_updates", "student_updates", "expert_updates")
     at_least(2, args, "frames")
@@ -611,12 +611,12 @@ def parse_args(arguments: list[str]) -> Args:
         fail("--probe-fraction lies between 0 and 1")
     if args.width % args.heads:
         fail(f"--width {args.width} can not be divided among --heads {args.heads}")
-    if args.batch_size // 4 % WORLD or args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size}, and a quarter of it, can not be divided among {WORLD} ranks")
+    if args.batch_size % (4 * WORLD):
+        fail(f"a quarter of --batch-size {args.batch_size} can not be divided among {WORLD} ranks")
     if len(args.labelled_episodes) != 1:
         fail("the teacher trains on one label budget: give one value to --labelled-episodes")
     if args.latents == "none":
-        args.stages = ("expert",)
+        args.stages, args.export = ("expert",), False
     return args
 
 
@@ -631,11 +631,11 @@ def open_run(args: Args) -> tuple[Run, Windows]:
         fail(f"{args.data} has no actions, which the expert needs")
     args.tasks = data.tasks
     args.variant = args.variant or default_variant(args, data)
-    name = f"{args.variant}-{args.labelled_episodes[0]}"
-    args.out = args.out or default_folder(name, args.tasks, args.seed, args.data)
+    folder = default_folder(f"{args.variant}-{args.labelled_episodes[0]}", args.tasks, args.seed, args.data)
+    args.out = args.out or folder
     windows = Windows(data, args)
     run = Run(Path(args.out), ("teacher", "student", "expert"), args.seed, device, dtype)
-    run.claim(args, ("stages", "device", "out", "variant"), data.hash)
+    run.claim(args, ("stages", "device", "out", "variant", "export"), data.hash)
     if RANK == 0:
         print(data.describe())
     return run, windows
@@ -657,6 +657,10 @@ def main(args: Args) -> None:
     if args.latents != "none":
         # stage 1: latents of scene and motion, from frames t..t+span
         teacher = train_teacher(run, windows, args)
+
+        if args.export:
+            latents = encode(teacher, windows, windows.data.transitions)
+            windows.data.export_latents(latents, run.folder / "latents.parquet")
 
         # stage 2: the same from the first frame and the instruction alone, and the sub-task in words
         if args.stages != ("teacher",):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind every table and figure. A scale is a few loops below, and a `train` in them is one run.
-#   bash replicate.sh near | main | ablations | encoders | univla | latbot | screen | mt10 | paper
+#   bash replicate.sh near | main | ablations | encoders | screen | mt10 | paper
 #   bash replicate.sh main --list     prints the commands instead, one a line
 # A run is trained and rolled out; its small files are then kept in results/SCALE/runs/NAME. A run that has them
 # is skipped, on another machine too: delete them to run it again. What was cut off goes on. JOBS=4: runs at a time,
@@ -92,27 +92,23 @@ ablations) # one-flag variants on drawer-open
     for prompt in best blind; do train $prompt-${sees}_$task $on $prompt-$sees --encoder oracle_$prompt; done
   done; done ;;
 encoders) # targets by the probes of stage 1, and what they must deliver
-  data=data/encoders
-  keys="random_noprompt_L-1_cls random_noprompt_L-1_mean random_noprompt_L-7_cls random_noprompt_L-7_mean"
+  data=data/encoders prompts="best positive arm object blind" keys="" steady="oracle oracle-bf16"
+  collect --prompt $prompts --out $data
+  embed --prompt $prompts --out $data
   collect --encoder random --layers -1 -7 --pools cls mean --out $data # a floor: weights never trained
+  collect --encoder random --layers -1 -7 --pools cls mean --blank oracle --out $data
+  collect --bfloat16 --out $data
   for kept in 0.05 0.1 0.2 0.5 1; do
     collect --background-kept $kept --out $data
     keys+=" oracle-a${kept}_best"
   done
-  collect --prompt best positive arm object blind --out $data
-  embed --prompt best positive arm object blind --out $data
-  levels="0.25 0.5 1 2 4" steady="oracle oracle-bf16"
-  collect --bfloat16 --out $data
-  for level in $levels; do
+  for level in 0.25 0.5 1 2 4; do
     collect --noise-std $level --out $data
     collect --tremble $level --out $data
     steady+=" oracle-noise$level oracle-tremble$level"
   done
-  collect --encoder random --blank oracle --layers -1 -7 --pools cls mean --out $data
-  for where in L-1_cls L-1_mean L-7_cls L-7_mean; do keys+=" random-blank_best_$where"; done
-  for id in oracle ${ENCODERS:-}; do
-    for prompt in best positive arm object blind; do keys+=" $(named $id)_$prompt"; done
-  done
+  keys+=" $(echo random{_noprompt,-blank_best}_L-{1,7}_{cls,mean})"
+  for id in oracle ${ENCODERS:-}; do for prompt in $prompts; do keys+=" $(named $id)_$prompt"; done; done
   for seed in ${SEEDS:-0 1}; do
     on="--data $data --seed $seed --stages lam --lam-updates 400 --variant"
     for target in pixels clean masked; do train ${target}_s$seed $on $target --target $target; done

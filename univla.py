@@ -29,8 +29,9 @@ from torch.nn import functional as F
 import lam_vlm
 from common import at_least, fail, parse
 from common.actor import Actor, read_run
+from common.codebook import Codebook, perplexity, shares
 from common.dataset import Dataset, chunks, common_std
-from common.device import average, average_gradients, pick_device
+from common.device import average_gradients, pick_device
 from common.records import default_folder
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
@@ -128,56 +129,12 @@ PAPER = Args(
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
 WARMUP = 0.2  # share of the updates of stages 1 and 2 before latents are quantised
-RESTART = 20  # updates after which an entry that was never chosen is replaced
 CLIP = 0.1  # bound of the gradient's norm in stages 1 and 2
 WEIGHT_DECAY = 1e-2
 PROBES = ("action_probe_nmse", "leak_probe_r2")
 
 
 # ---------------------------------------------------------------------------------------- models
-
-
-class Codebook(nn.Module):
-    """Vector quantiser: z (B, codes, code_dim) -> the nearest entries, with a straight-through gradient."""
-
-    def __init__(self, args: Args):
-        super().__init__()
-        self.entries = nn.Parameter(torch.randn(args.codebook, args.code_dim))
-        self.register_buffer("idle", torch.full((args.codebook,), RESTART))  # updates since it was chosen
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """(B, codes) int64"""
-        return torch.cdist(z.float().flatten(0, 1), self.entries).argmin(1).view(z.shape[:2])
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The entries, codebook loss, commitment loss, and the codes (B, codes)."""
-        codes = self.nearest(z)
-        entries = self.entries[codes]
-        codebook_loss, commitment_loss = F.mse_loss(entries, z.detach()), F.mse_loss(z, entries.detach())
-        return z + (entries - z).detach(), codebook_loss, commitment_loss, codes
-
-    @torch.no_grad()
-    def restart(self, z: Tensor, share: Tensor) -> None:
-        """Replaces entries that were idle for RESTART updates by outputs of this batch.
-
-        Under torchrun those are averaged over the ranks, so that all keep the same entries.
-        """
-        self.idle.copy_(torch.where(share > 0, 0, self.idle + 1))
-        dead = self.idle >= RESTART
-        pick = torch.randint(z.shape[0] * z.shape[1], dead.shape).to(z.device)
-        outputs = average(z.float().flatten(0, 1)[pick])
-        self.entries.copy_(torch.where(dead[:, None], outputs, self.entries))
-        self.idle.masked_fill_(dead, 0)
-
-
-def shares(codes: Tensor, codebook: int) -> Tensor:
-    """How often each entry is chosen, (codebook,), over all ranks."""
-    return average(F.one_hot(codes.flatten(), codebook).float().mean(0))
-
-
-def perplexity(share: Tensor) -> Tensor:
-    """exp of the entropy of the shares: 1 if all codes are the same, at most the size of the codebook."""
-    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
 
 
 def transformer(args: Args, blocks: int) -> nn.TransformerEncoder:
@@ -262,14 +219,14 @@ class LAM(nn.Module):
         self.tokens = [tokens]  # a list hides it from the checkpoint
         self.encoder = Encoder(tokens, args)
         self.decoder = TokenDecoder(tokens, args)
-        self.books = nn.ModuleDict({"ti": Codebook(args)})
+        self.books = nn.ModuleDict({"ti": Codebook(args.codebook, args.code_dim)})
         self.queries = nn.ParameterDict({"ti": 0.02 * torch.randn(args.codes, args.width)})
         self.instruction = None
         if stage_1 is not None:
             self.books["ti"].load_state_dict(stage_1.books["ti"].state_dict())
             self.books["ti"].requires_grad_(False)
             self.queries["ti"].data.copy_(stage_1.queries["ti"])
-            self.books["tc"] = Codebook(args)
+            self.books["tc"] = Codebook(args.codebook, args.code_dim)
             self.queries["tc"] = nn.Parameter(0.02 * torch.randn(args.codes, args.width))
         elif args.text != "none":
             self.instruction = Instruction(tokens, args.width)
@@ -403,20 +360,16 @@ def policy_args(args: Args) -> lam_vlm.Args:
 
 def default_variant(args: Args, data: Dataset) -> str:
     """univla, univla-z, univla-no-language, univla-ti, univla-code, ..., -clean-data."""
-    name = "univla"
-    if args.features != "pixels":
-        name += f"-{Path(args.features).name}"
-    if args.fdm_sees == "z":
-        name += "-z"
-    if args.text == "none":
-        name += "-no-language"
-    if args.cloned == "ti":
-        name += "-ti"
-    if args.clone_as == "code":
-        name += "-code"
-    if data.meta["env"] is not None and data.meta["env"]["videos"] == "none":
-        name += "-clean-data"
-    return name
+    simulated = data.meta["env"] is not None
+    parts = {
+        f"-{Path(args.features).name}": args.features != "pixels",
+        "-z": args.fdm_sees == "z",
+        "-no-language": args.text == "none",
+        "-ti": args.cloned == "ti",
+        "-code": args.clone_as == "code",
+        "-clean-data": simulated and data.meta["env"]["videos"] == "none",
+    }
+    return "univla" + "".join(part for part, holds in parts.items() if holds)
 
 
 def parse_args(arguments: list[str]) -> Args:
@@ -490,9 +443,8 @@ def main(args: Args) -> None:
             train_decoder(run, data, policy_args(args), policy, budget)
 
     if args.export:
-        rows = np.sort(np.concatenate([data.train, data.held_out]))
-        latents = encode(lam, rows)[args.cloned].flatten(1)
-        data.export_latents(rows, latents, run.folder / "latents.parquet")
+        latents = encode(lam, data.transitions)[args.cloned].flatten(1)
+        data.export_latents(latents, run.folder / "latents.parquet")
     summarise(run, data, args)
     run.close()
     if "decoder" in args.stages and data.action_dim is None:

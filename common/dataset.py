@@ -154,6 +154,7 @@ class Dataset:
             self.label_order.append(np.random.default_rng([seed, 7]).permutation(episodes - held_out))
         trains = self.episode < np.array(self.n_train)[self.task]
         moves = np.arange(len(self.episode)) + self.frame_gap <= self.last
+        self.transitions = np.flatnonzero(moves)
         self.train = np.flatnonzero(moves & trains)
         self.held_out = np.flatnonzero(moves & ~trains)
 
@@ -277,8 +278,9 @@ class Dataset:
             changes.append(change)
         return np.concatenate(frames), np.concatenate(changes)
 
-    def export_latents(self, rows: np.ndarray, latents: Tensor, path: Path) -> None:
-        """Writes latents (N, latent_dim) with the keys by which they join a LeRobot data set."""
+    def export_latents(self, latents: Tensor, path: Path) -> None:
+        """Writes the latents (N, latent_dim) of all transitions, with keys that join a LeRobot data set."""
+        rows = self.transitions
         episode = self.columns.get("episode_index", self.columns["episode"])
         columns = {
             "episode_index": episode[rows].astype(np.int64),

@@ -13,10 +13,10 @@ from made_up import SIZE, TASKS, make_data
 from torch import nn
 
 import univla
-from common import runs
+from common import codebook, runs
+from common.codebook import Codebook, perplexity, shares
 from common.dataset import Dataset
 from common.tokens import DINO, Tokens, text_states
-from univla import Codebook, perplexity, shares
 
 SMALL = "--codes 2 --codebook 4 --code-dim 6 --width 16 --heads 2 --blocks 1 1 --lam-batch 8 --batch-size 8"
 SMALL += " --lam-updates 4 --bc-updates 4 --decoder-updates 4 --widths 4 8 --stem 2 --labelled-episodes 1 2"
@@ -62,7 +62,7 @@ def rows_of(folder: Path, stage: str) -> list[dict]:
 
 
 def book_of(entries: list[list[float]]) -> Codebook:
-    book = Codebook(univla.Args(codebook=len(entries), code_dim=len(entries[0])))
+    book = Codebook(len(entries), len(entries[0]))
     book.entries.data = torch.tensor(entries)
     return book
 
@@ -86,7 +86,7 @@ def test_quantiser_against_a_case_by_hand():
 
 
 def test_entries_that_are_never_chosen_start_again(monkeypatch):
-    monkeypatch.setattr(univla, "RESTART", 3)
+    monkeypatch.setattr(codebook, "RESTART", 3)
     book = book_of([[0.0, 0.0], [50.0, 50.0]])
     z = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     assert (book.idle >= 3).all(), "a new book starts with outputs of the first batch"
