@@ -27,7 +27,8 @@ class Codebook(nn.Module):
         """The entries, codebook loss, commitment loss, and the codes (B, codes)."""
         codes = self.nearest(z)
         entries = self.entries[codes]
-        codebook_loss, commitment_loss = F.mse_loss(entries, z.detach()), F.mse_loss(z, entries.detach())
+        codebook_loss = F.mse_loss(entries, z.detach())
+        commitment_loss = F.mse_loss(z, entries.detach())
         return z + (entries - z).detach(), codebook_loss, commitment_loss, codes
 
     @torch.no_grad()
