@@ -65,11 +65,11 @@ class Args:
     """entries of a codebook"""
     code_dim: int = 128
     """dimensions of an entry"""
-    width: int = 128
+    width: int = 96
     """width of the transformers"""
     heads: int = 4
     """attention heads"""
-    blocks: tuple[int, int] = (3, 2)
+    blocks: tuple[int, int] = (2, 2)
     """transformer blocks of the encoder and of the decoder"""
     stages: tuple[Literal["ti", "tc", "bc", "decoder"], ...] = ("ti", "tc", "bc", "decoder")
     """stages to run, with those that they need; a finished one is skipped"""
