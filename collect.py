@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from common import at_least, fail, parse, shards
 from common.distracting_metaworld import DistractingMetaWorld
-from common.encoders import embed_shard, encoder_config, make_encoder, prompt_text
+from common.encoders import embed_shard, encoder_config, make_encoder
+from common.oracle import prompt_text
 from common.shards import ARRAYS, RANK, SEGMENTS, WORLD, wait_for_all_ranks
 from common.tasks import INSTRUCTIONS, OBJECTS, task_names
 from common.video_clips import Clips

@@ -18,7 +18,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ import lam_vlm
 import latbot
 import univla
 from common import at_least, fail, parse
+from common.actor import Actor
 from common.dataset import Dataset, chunks
 from common.distracting_metaworld import DistractingMetaWorld
 from common.probes import VARIES
@@ -123,15 +123,15 @@ def close_envs() -> None:
             env.close()
 
 
-def load_policy(run_dir: Path, labelled: str, device: str) -> Callable:
+def load_policy(run_dir: Path, labelled: str, device: str) -> Actor | latbot.ChunkActor:
     """The policy, by the script that trained it; older runs name none."""
     script = read_json(run_dir / "summary.json").get("script", "lam_vlm")
     return LOADERS[script](run_dir, labelled=labelled, device=device)
 
 
 @functools.lru_cache(maxsize=1)
-def open_policy(run_dir: Path, labelled: str, policy_hash: str, device: str) -> Callable:
-    """policy.plan(frames uint8 (B, frame_stack, H, W, 3), ...) -> (B, H, A); kept from block to block."""
+def open_policy(run_dir: Path, labelled: str, policy_hash: str, device: str) -> Actor | latbot.ChunkActor:
+    """policy.plan(frames uint8 (B, frame_stack, H, W, 3), ...) -> (B, span, A); kept from block to block."""
     return load_policy(run_dir, labelled=labelled, device=device)
 
 
@@ -178,7 +178,7 @@ def play(block: Block) -> tuple[Block, list[dict], dict[int, np.ndarray]]:
     while playing:
         if not plan:
             keys = [[args.seed, task_number, number.get(index, 0), step] for index in range(args.envs)]
-            chunk = policy.plan(batch, block.task, keys)  # (envs, H, A)
+            chunk = policy.plan(batch, block.task, keys)  # (envs, span, A)
             plan = list(chunk.swapaxes(0, 1)[: args.execute])
         actions = plan.pop(0)
         step += 1
@@ -277,7 +277,7 @@ def action_errors(run: dict, task: str, labelled: str, device: str) -> list[dict
         stack = np.maximum(part[:, None] + back, data.first[part][:, None])  # the first frame is repeated
         frames = data.columns["frames"][stack.reshape(-1)]
         frames = frames.reshape(*stack.shape, *frames.shape[1:])
-        predictions.append(policy.plan(frames, task, [[0]] * len(frames))[:, 0])
+        predictions.append(policy.plan(frames, task, [[int(row)] for row in part])[:, 0])
     actions = data.columns["actions"][data.held_out].astype(float)
     mse = ((np.concatenate(predictions) - actions) ** 2).mean(axis=0)
     variance = actions.var(axis=0)
@@ -378,7 +378,8 @@ def main(args: Args) -> None:
     for run in runs:  # how much of a chunk is executed is part of the policy
         if run.get("script") == "latbot":
             hashes = run["policy_hash"].items()
-            run["policy_hash"] = {budget: f"{policy}-x{args.execute}" for budget, policy in hashes}
+            executed = min(args.execute, run["span"])
+            run["policy_hash"] = {budget: f"{policy}-x{executed}" for budget, policy in hashes}
     if args.labelled:
         choose_budgets(runs, args.labelled)
     policies = [run for run in runs if run["policy"] and run["labelled_episodes"]]

@@ -40,7 +40,7 @@ class Args:
     square: Literal["crop", "pad"] = "crop"
     """crop: the middle of the picture; pad: all of it between black bars"""
     fps: float = 0.0
-    """frames a second to keep, those nearest in time, with their actions; 0: all frames"""
+    """frames a second to keep, those nearest in time, with the actions there (positions); 0: all"""
     episodes: tuple[int, int] = (0, 1_000_000_000)
     """episodes to take, by the source's numbers: the first, and the one after the last"""
     camera: str = ""

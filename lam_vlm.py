@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import at_least, fail, parse
-from common.actor import Actor, read_run
+from common.actor import Actor, read_policy_run
 from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
-from common.records import default_folder, load_checkpoint
+from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 
@@ -427,7 +427,7 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
     A run that is unfinished, damaged or lacks that budget ends the program with one line.
     """
     folder = Path(run_dir)
-    stored, summary, labelled = read_run(folder, labelled)
+    stored, summary, labelled = read_policy_run(folder, labelled)
     args = Args(**stored)
     latent_dim = None
     if args.method == "lapo":
@@ -441,11 +441,11 @@ def restore_policy(
     """Policy and decoder of a run; without latent_dim a policy of true actions."""
     identity = {"run": summary["identity"]}
     policy = Policy(latent_dim or summary["action_dim"], summary["size"], args)
-    policy.load_state_dict(load_checkpoint(folder / "bc.pt", identity, "cpu")["module"])
+    policy.load_state_dict(load_weights(folder / "bc.pt", identity))
     network = nn.Sequential(policy)
     if latent_dim:
         decoder = Decoder(latent_dim, summary["action_dim"])
-        decoder.load_state_dict(load_checkpoint(folder / f"decoder_{labelled}.pt", identity, "cpu")["module"])
+        decoder.load_state_dict(load_weights(folder / f"decoder_{labelled}.pt", identity))
         network.append(decoder)
     return Actor(network, args.frame_stack, device)
 

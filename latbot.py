@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import at_least, fail, parse
-from common.actor import read_run
+from common.actor import read_policy_run
 from common.backbones import TinyBackbone, VLMBackbone
 from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
 from common.probes import r2_score
-from common.records import default_folder, load_checkpoint
+from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 from common.tasks import language_motion
@@ -45,7 +45,7 @@ class Args:
     backbone: str = "tiny"
     """of teacher and student: tiny, or hub id or folder of a vision-language model of transformers"""
     target: Literal["pixels", "clean", "masked", "embedding"] = "pixels"
-    """what the decoder predicts of t + span: the frame, its twin, its robot's pixels, or its embedding"""
+    """whose change until t + span the decoder predicts: frame, twin, the robot's pixels, or embedding"""
     encoder: str = "oracle_best"
     """target embedding: key of the embeddings to predict, or an unambiguous beginning of it"""
     fdm_sees: Literal["frame", "z"] = "frame"
@@ -93,7 +93,7 @@ class Args:
     expert_updates: int = 2500
     """updates of the expert"""
     batch_size: int = 64
-    """windows an update; a quarter as many labelled ones are added where actions or text are learnt"""
+    """windows an update; a quarter as many are added where actions or text are learnt"""
     lr: float = 1e-3
     """peak learning rate of AdamW under a one-cycle schedule"""
     weight_decay: float = 1e-2
@@ -168,6 +168,8 @@ class Windows:
         self.offsets = np.linspace(0, args.span, args.frames).round().astype(int)
         self.labelled = data.labelled(args.labelled_episodes[0])  # rows with an action
         self.whole = np.intersect1d(self.labelled, data.train)  # rows with a whole chunk of them
+        if not len(self.whole):
+            fail(f"no labelled episode of {data.root} is longer than --span {args.span}")
         subtasks = []
         if args.text != "none":
             self.said = self.whole  # rows whose sub-task the student learns to say
@@ -181,10 +183,9 @@ class Windows:
         self.low, self.scale = low, np.where(high > low, (high - low) / 2, 1)
         gripper = actions[:, -1]
         self.middle = (gripper.min() + gripper.max()) / 2
-        closed = gripper > self.middle
-        self.levels = np.full(2, gripper.mean())
-        if closed.any():
-            self.levels = np.array([gripper[~closed].mean(), gripper[closed].mean()])
+        above = gripper > self.middle
+        lower, upper = gripper[~above], gripper[above]
+        self.levels = np.array([lower.mean(), (upper if len(upper) else lower).mean()])
 
     def name_subtasks(self) -> list[str]:
         """What the robot does in each window, in words, by one rule for all tasks; the distinct ones."""
@@ -230,7 +231,7 @@ def make_backbone(domain: Domain, args: Args, frames: int) -> nn.Module:
     queries, texts = 2 * args.tokens, (domain.instructions, domain.subtasks)
     if args.backbone != "tiny":
         return VLMBackbone(args.backbone, queries, *texts)
-    vision = [ConvNet(channels, args) for channels in (3, 6)]
+    vision = [ConvNet(channels, args) for channels in (3, 6)[: min(frames, 2)]]
     return TinyBackbone(vision, domain.size, queries, *texts, args.width, args.heads, args.blocks, frames)
 
 
@@ -254,7 +255,7 @@ class UnifiedDecoder(nn.Module):
     action and the motion latent; an undivided latent stands in both.
     """
 
-    def __init__(self, domain: Domain, target_dim: int | None, args: Args):
+    def __init__(self, domain: Domain, target_mean: Tensor, args: Args):
         super().__init__()
         self.args, self.size, width = args, domain.size, args.width
         self.patch = args.stem * 2 ** (len(args.widths) - 1)
@@ -276,8 +277,8 @@ class UnifiedDecoder(nn.Module):
         for _ in range(args.blocks):
             for stream in (self.scene, self.motion):
                 stream.append(nn.TransformerDecoderLayer(width, args.heads, 4 * width, dropout=0, **like))
-        self.to_target = nn.Linear(width, target_dim or 3 * self.patch**2)
-        self.vector = target_dim is not None
+        self.vector = target_mean.ndim == 1
+        self.to_target = nn.Linear(width, len(target_mean) if self.vector else 3 * self.patch**2)
         self.to_actions = nn.Linear(width, domain.action_dim)
 
     def forward(self, first: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,12 +309,9 @@ class Teacher(nn.Module):
             self.register_buffer(name, value)
         self.register_buffer("latent_mean", torch.zeros(args.scene_dim + args.motion_dim))  # set at the end
         self.register_buffer("latent_std", torch.ones(()))
-        self.backbone = make_backbone(windows.domain, args, args.frames)
+        self.backbone = make_backbone(replace(windows.domain, subtasks=[]), args, args.frames)
         self.to_latents = Latents(self.backbone.width, args)
-        target_dim = None  # a picture
-        if self.mean.ndim == 1:
-            target_dim = len(self.mean)
-        self.decoder = UnifiedDecoder(windows.domain, target_dim, args)
+        self.decoder = UnifiedDecoder(windows.domain, self.mean, args)
 
     def latents(self, windows: Windows, rows: np.ndarray) -> Tensor:
         """(B, scene_dim + motion_dim), scene first."""
@@ -466,7 +464,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student | None
     trains = student is None or args.student == "trains"
     expert = Expert(student or Student(windows.domain, args), windows.domain, args).to(run.device)
     expert.set_scale(windows)
-    expert.student.requires_grad_(trains)
+    expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
 
     for step in run.steps(f"expert_{budget}", expert, optimizer, schedule, args.expert_updates):
@@ -538,9 +536,10 @@ def distilled(student: Student, teacher: Teacher, windows: Windows) -> dict[str,
     said = [student(windows.data.frame(part), windows.task(part))[0] for part in chunks(rows, 256)]
     wanted = said_by(teacher, windows, rows)
     result = {"latents_r2": r2_score(wanted.cpu().numpy(), torch.cat(said).float().cpu().numpy())}
-    if windows.domain.subtasks:
+    rows = rows[windows.subtask[rows] >= 0] if windows.domain.subtasks else rows[:0]
+    if len(rows):
         right = []
-        for part in chunks(rows[windows.subtask[rows] >= 0], 256):
+        for part in chunks(rows, 256):
             first, task, subtask = windows.data.frame(part), windows.task(part), windows.subtask_of(part)
             _, logits, targets = student(first, task, subtask)
             right.append((logits.argmax(2) == targets)[targets != -100].float())
@@ -573,11 +572,10 @@ class ChunkActor:
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> ChunkActor:
     """The policy of a finished run; what is unfinished, damaged or missing ends the program with one line."""
     folder = Path(run_dir)
-    stored, summary, labelled = read_run(folder, labelled)
+    stored, summary, labelled = read_policy_run(folder, labelled)
     args, domain = Args(**stored), Domain(**summary["domain"])
     expert = Expert(Student(domain, args), domain, args)
-    checkpoint = load_checkpoint(folder / f"expert_{labelled}.pt", {"run": summary["identity"]}, "cpu")
-    expert.load_state_dict(checkpoint["module"])
+    expert.load_state_dict(load_weights(folder / f"expert_{labelled}.pt", {"run": summary["identity"]}))
     return ChunkActor(expert, summary["tasks"], device)
 
 
@@ -591,9 +589,11 @@ def default_variant(args: Args, data: Dataset) -> str:
         f"-{args.target}": args.target in ("clean", "masked"),
         "-z": args.fdm_sees == "z",
         f"-text-{args.text}": args.text != "labelled",
+        f"-{Path(args.backbone).name}": args.backbone != "tiny",
+        "-trains": args.student == "trains",
         "-clean-data": simulated and data.meta["env"]["videos"] == "none",
     }
-    if args.latents == "none":  # then the others say nothing
+    if args.latents == "none":  # then most others say nothing
         name, parts = "no-latents", {"-clean-data": parts["-clean-data"]}
     return name + "".join(part for part, holds in parts.items() if holds)
 
@@ -627,8 +627,8 @@ def open_run(args: Args) -> tuple[Run, Windows]:
     target = "pixels" if args.latents == "none" else args.target
     split = {"probe_fraction": args.probe_fraction, "seed": args.seed}
     data = Dataset(args.data, args.tasks, target, args.encoder, frame_gap=args.span, **split, device=device)
-    if data.action_dim is None:
-        fail(f"{args.data} has no actions, which the expert needs")
+    if (data.action_dim or 0) < 2:
+        fail(f"{args.data} has no actions of a hand and a gripper, which the expert needs")
     args.tasks = data.tasks
     args.variant = args.variant or default_variant(args, data)
     folder = default_folder(f"{args.variant}-{args.labelled_episodes[0]}", args.tasks, args.seed, args.data)

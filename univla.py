@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import lam_vlm
 from common import at_least, fail, parse
-from common.actor import Actor, read_run
+from common.actor import Actor, read_policy_run
 from common.codebook import Codebook, perplexity, shares
 from common.dataset import Dataset, chunks, common_std
 from common.device import average_gradients, pick_device
@@ -113,7 +113,7 @@ PAPER = Args(
     features="facebook/dinov2-with-registers-base",
     text="google-t5/t5-base",
     labelled_episodes=("32",),
-    frame_gap=80,  # about a second, at MetaWorld's 80 Hz
+    frame_gap=8,
     width=768,
     heads=12,
     blocks=(12, 12),
@@ -313,7 +313,7 @@ def measure(lam: LAM, args: Args) -> dict[str, float]:
 
     Probes of all tasks at once would read the task off the latents.
     """
-    values = defaultdict(list)
+    values, used = defaultdict(list), defaultdict(list)
     for probes, train_rows, held_out_rows in lam.tokens[0].data.probes_of_tasks():
         train, held_out = encode(lam, train_rows), encode(lam, held_out_rows)
         for name, book in lam.books.items():
@@ -323,9 +323,9 @@ def measure(lam: LAM, args: Args) -> dict[str, float]:
                 measured = probes.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
                 for probe in PROBES:
                     values[f"{kind}_{probe}"].append(measured[probe])
-            share = shares(book.nearest(held_out[name]), args.codebook)
-            values[f"{name}_perplexity"].append(float(perplexity(share)))
-    return {name: float(np.mean(found)) for name, found in values.items() if None not in found}
+            used[name].append(shares(book.nearest(held_out[name]), args.codebook))
+    measured = {name: float(np.mean(found)) for name, found in values.items() if None not in found}
+    return measured | {f"{name}_perplexity": float(perplexity(sum(s) / len(s))) for name, s in used.items()}
 
 
 def what_to_clone(lam: LAM, data: Dataset, args: Args) -> Tensor:
@@ -340,7 +340,7 @@ def what_to_clone(lam: LAM, data: Dataset, args: Args) -> Tensor:
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Actor:
     """The policy of a finished run: observation -> action; as lam_vlm.load_policy."""
     folder = Path(run_dir)
-    stored, summary, labelled = read_run(folder, labelled)
+    stored, summary, labelled = read_policy_run(folder, labelled)
     args = Args(**stored)
     width = args.codes * args.code_dim
     if args.clone_as == "code":
@@ -365,6 +365,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         f"-{Path(args.features).name}": args.features != "pixels",
         "-z": args.fdm_sees == "z",
         "-no-language": args.text == "none",
+        f"-{Path(args.text).name}": args.text not in ("words", "none"),
         "-ti": args.cloned == "ti",
         "-code": args.clone_as == "code",
         "-clean-data": simulated and data.meta["env"]["videos"] == "none",

@@ -41,7 +41,7 @@ class Actor:
         return actions
 
 
-def read_run(folder: Path, labelled: str | None) -> tuple[dict, dict, str]:
+def read_policy_run(folder: Path, labelled: str | None) -> tuple[dict, dict, str]:
     """args.json and summary.json of a finished run, and the label budget: `labelled`, or its first."""
     if not (folder / "summary.json").exists():
         fail(f"{folder} is no finished run; run the command that makes it again")

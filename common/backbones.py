@@ -29,8 +29,9 @@ def split_words(text: str) -> list[str]:
 class TinyBackbone(nn.Module):
     """Convolutional patches of the frames, words, learned queries, and a small transformer over them.
 
-    vision: conv nets (B, 3, H, W) -> (B, C, s, s) of the first frame, and (B, 6, H, W) -> (B, C, s, s) of the
-    others, which come with their difference from the first. Words are those of the data set.
+    vision: conv nets (B, 3, H, W) -> (B, C, s, s) of the first frame and, if there are others,
+    (B, 6, H, W) -> (B, C, s, s) of those, which come with their difference from the first. Words are those
+    of the data set.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class TinyBackbone(nn.Module):
     ):
         super().__init__()
         self.width = width
-        self.vision = nn.ModuleList(vision[: 1 + (frames > 1)])
+        self.vision = nn.ModuleList(vision)
         with torch.no_grad():
             _, channels, side, _ = vision[0](torch.zeros(1, 3, size, size)).shape
         self.project = nn.Linear(channels, width)
@@ -126,7 +127,7 @@ class VLMBackbone(nn.Module):
         )
         self.marks = tokenizer.convert_tokens_to_ids(list(MARKS))
         self.width = self.model.config.get_text_config().hidden_size
-        frozen = [name for name, _ in self.model.named_parameters() if "vision" in name]
+        frozen = [name for name, _ in self.model.named_parameters() if "vision" in name or "visual" in name]
         if not frozen:
             fail(f"--backbone {source} has no vision tower")
         for name in frozen:

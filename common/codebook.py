@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.device import average
+from common.device import average, from_rank_0
 
 RESTART = 20  # updates after which an entry that was never chosen is replaced
 
@@ -33,14 +33,11 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def restart(self, z: Tensor, share: Tensor) -> None:
-        """Replaces entries that were idle for RESTART updates by outputs of this batch.
-
-        Under torchrun those are averaged over the ranks, so that all keep the same entries.
-        """
+        """Replaces entries that were idle for RESTART updates by outputs of this batch (of rank 0)."""
         self.idle.copy_(torch.where(share > 0, 0, self.idle + 1))
         dead = self.idle >= RESTART
         pick = torch.randint(z.shape[0] * z.shape[1], dead.shape).to(z.device)
-        outputs = average(z.float().flatten(0, 1)[pick])
+        outputs = from_rank_0(z.float().flatten(0, 1)[pick])
         self.entries.copy_(torch.where(dead[:, None], outputs, self.entries))
         self.idle.masked_fill_(dead, 0)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common import fail
 from common.probes import Probes, background_change
-from common.shards import SEGMENTS, atomic_write, read_json, read_meta
+from common.shards import RANK, SEGMENTS, atomic_write, read_json, read_meta
 
 SAMPLE = 10_000  # transitions that probes and statistics are fitted on, at most
 
@@ -157,6 +157,10 @@ class Dataset:
         self.transitions = np.flatnonzero(moves)
         self.train = np.flatnonzero(moves & trains)
         self.held_out = np.flatnonzero(moves & ~trains)
+        for index, task in enumerate(self.tasks):
+            for rows in (self.train, self.held_out):
+                if not (self.task[rows] == index).any():
+                    fail(f"{self.root} has no episodes of {task} longer than a gap of {self.frame_gap} steps")
 
     def describe(self) -> str:
         where = f"on {self.device}" if self.resident else "memory-mapped"
@@ -280,6 +284,8 @@ class Dataset:
 
     def export_latents(self, latents: Tensor, path: Path) -> None:
         """Writes the latents (N, latent_dim) of all transitions, with keys that join a LeRobot data set."""
+        if RANK > 0:
+            return
         rows = self.transitions
         episode = self.columns.get("episode_index", self.columns["episode"])
         columns = {

@@ -74,3 +74,11 @@ def average(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / WORLD
+
+
+def from_rank_0(value: Tensor) -> Tensor:
+    """The first rank's tensor, on all of them."""
+    if WORLD > 1:
+        value = value.contiguous()
+        dist.broadcast(value, 0)
+    return value

@@ -2,7 +2,6 @@
 
     encoder_config(name, ...)            early: what can be no encoder is refused before hours of collecting
     encoder = make_encoder(name, ...)    loads it
-    text = prompt_text(prompt, object)   a preset or a text of the user's own, {object} filled in
     keys = embed_shard(encoder, folder, metadata, task, {prompt: text})
 
 An encoder turns images (B, H, W, 3) uint8 into {(text, layer, pool): (B, D) float32}; oracle.py and
@@ -29,7 +28,6 @@ from tqdm import tqdm
 from common import fail, nearest
 from common.disturb import Disturbance, change_std, frame_noise, round_to_bfloat16, tremble_of
 from common.oracle import PROMPTS, Encoder, Oracle, blanked
-from common.oracle import prompt_text as prompt_text  # for collect.py
 from common.shards import atomic_write, sha256, write_json
 from common.tasks import OBJECTS
 

@@ -314,7 +314,10 @@ def plot_curves(rows: list[dict], path: Path) -> Path | None:
     stages = in_order(row["stage"] for row in rows)
     if not stages:
         return None
-    count = len(stages) + 1
+    probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak $R^2$"}
+    probes["state_probe_r2"] = "state $R^2$"
+    probed = any(row.get(key) is not None for row in rows for key in probes)
+    count = len(stages) + probed
     figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.6), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages):
         mine = [row for row in rows if row["stage"] == stage]
@@ -325,9 +328,9 @@ def plot_curves(rows: list[dict], path: Path) -> Path | None:
             axis.semilogy(updates, losses, color=COLOURS[index % len(COLOURS)], label=name)
         axis.set(title=stage, xlabel="update")
         axis.legend(fontsize=7)
+    if not probed:
+        return save_figure(figure, path)
     last = axes[0, -1]
-    probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak $R^2$"}
-    probes["state_probe_r2"] = "state $R^2$"
     for index, (key, label) in enumerate(probes.items()):
         measured = [row for row in rows if row.get(key) is not None]
         if measured:
@@ -335,8 +338,7 @@ def plot_curves(rows: list[dict], path: Path) -> Path | None:
             values = [row[key] for row in measured]
             last.plot(updates, values, label=label, markersize=4, **look(index))
     last.set(title="probes, held-out episodes", xlabel="update of stage 1")
-    if last.lines:
-        last.legend(fontsize=7)
+    last.legend(fontsize=7)
     return save_figure(figure, path)
 
 

@@ -21,20 +21,24 @@ def read_lerobot(root: Path, camera: str, numbers: range) -> list[Episode]:
     ending = {"v2.1": "jsonl", "v3.0": "parquet"}.get(info.get("codebase_version"))
     if ending is None:
         fail(f"{root} is LeRobot {info.get('codebase_version')}; v2.1 and v3.0 are understood")
-    features = info["features"]
-    cameras = [name for name in features if features[name]["dtype"] in ("video", "image")]
-    found = [name for name in cameras if camera in ("", name, name.rpartition(".")[2])]
-    if not found:
-        fail(f"{root} has no camera {camera!r}; it has {', '.join(cameras)}")
     tasks = read_table(root / f"meta/tasks.{ending}").to_pydict()
     indices = tasks.pop("task_index")
     (texts,) = tasks.values()  # in v3.0 pandas names their column
-    info |= {"camera": found[0], "tasks": dict(zip(indices, texts))}
+    info |= {"camera": choose_camera(root, info["features"], camera), "tasks": dict(zip(indices, texts))}
     files = sorted(root.glob("meta/episodes/*/*.parquet")) or [root / f"meta/episodes.{ending}"]
     rows = [row for file in files for row in read_table(file).to_pylist()]
     rows = [row for row in rows if row["episode_index"] in numbers]
     rows.sort(key=lambda row: row["episode_index"])
     return [lerobot_episode(root, info, row) for row in rows]
+
+
+def choose_camera(root: Path, features: dict, wanted: str) -> str:
+    """The full name of a camera: the first one if none is wanted; a last part is enough."""
+    cameras = [name for name in features if features[name]["dtype"] in ("video", "image")]
+    found = [name for name in cameras if wanted in ("", name, name.rpartition(".")[2])]
+    if not found:
+        fail(f"{root} has no camera {wanted!r}; it has {', '.join(cameras)}")
+    return found[0]
 
 
 def lerobot_episode(root: Path, info: dict, row: dict) -> Episode:
@@ -73,8 +77,10 @@ def download(name: str, camera: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    parts = ["meta/*", "data/*", f"videos/*{camera}/*"]
     try:
+        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=["meta/*"]))
+        chosen = choose_camera(root, read_json(root / "meta/info.json")["features"], camera)
+        parts = ["meta/*", "data/*", f"videos/*{chosen}/*"]
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=parts))
     except (OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]

@@ -286,8 +286,8 @@ class NativeVLM(Pretrained):
         """{layer: (B, T, D)} under each prompt.
 
         The beginning that all prompts share, the image in it, is run once, and each prompt's own tokens
-        after its key/value cache: a further prompt costs a twentieth. Only where that equals full passes;
-        else each prompt gets one.
+        after its key/value cache: a further prompt is about 15 times cheaper. Only where that equals
+        full passes; else each prompt gets one.
         """
         begin = 0
         if len(prepared) > 1:

@@ -22,8 +22,6 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
     """
     if data.action_dim is None:
         fail(f"{data.root} has no actions; without them there is nothing to rank targets by")
-    if not len(data.train) or not len(data.held_out):
-        fail(f"{data.root} has no episodes longer than --frame-gap {data.frame_gap}")
     for array, loss in {"clean": "target `clean`", "segments": "leak"}.items():
         if array not in data.meta["arrays"]:
             print(f"{data.root} has no {array}: ranked without {loss}")

@@ -37,6 +37,14 @@ def load_checkpoint(path: Path, identity: dict, device: torch.device | str) -> d
     return checkpoint
 
 
+def load_weights(path: Path, identity: dict) -> dict[str, Tensor]:
+    """The weights of a checkpoint that must be there."""
+    checkpoint = load_checkpoint(path, identity, "cpu")
+    if checkpoint is None:
+        fail(f"{path} is missing: the run was not trained here; run the command that makes it again")
+    return checkpoint["module"]
+
+
 class Log:
     """metrics.jsonl, one object a line, and the same numbers as TensorBoard events. Rank 0 alone writes."""
 

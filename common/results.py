@@ -127,7 +127,7 @@ def read_rollouts(run: dict) -> dict[tuple, dict]:
         if row["policy_hash"] == run["policy_hash"].get(row["labelled"]):
             fresh[key] = row
     if len(fresh) < len(rows):
-        print(f"{path}: dropped {len(rows) - len(fresh)} episodes of an older policy")
+        print(f"{path}: dropped {len(rows) - len(fresh)} episodes of another policy")
         for film in (run["dir"] / "rollouts").glob("*_seed*"):
             film.unlink()
     return fresh

@@ -33,7 +33,7 @@ from common.shards import RANK, WORLD, lock_folder, read_json, write_json
 
 LOG_EVERY = 50  # updates between two rows of metrics.jsonl
 CHECKPOINT_EVERY = 200  # updates between two checkpoints; a multiple of LOG_EVERY
-PROBES = 5  # times that a stage measures its probes
+PROBE_TIMES = 5  # times that a stage measures its probes
 
 
 class Step:
@@ -103,7 +103,8 @@ class Run:
                 why = "; ".join(f"{key}: {there[key]} there, {identity[key]} here" for key in changed)
                 fail(f"{self.folder} is a run with other arguments ({why}); choose another --out")
         chosen = {key: value for key, value in identity.items() if value != defaults[key]}
-        digest = hashlib.sha256(json.dumps([chosen, data_hash]).encode()).hexdigest()[:16]
+        text = json.dumps([self.stages, chosen, data_hash], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.identity = {"run": digest, "data": data_hash}
         if WORLD > 1:
             dist.barrier()  # nobody trains before every rank has agreed
@@ -120,8 +121,9 @@ class Run:
     ) -> Iterator[Step]:
         """The updates of a stage that are still to do. After each one it logs, saves, and stops on NaN.
 
-        The stage counts as finished only with `finish`, which the script calls when it has done what follows
-        the last update. A loss that is not finite ends the run; the last good checkpoint stays.
+        Each update logs a tensor `loss`; one that is not finite ends the run, the last good checkpoint stays.
+        The stage, a name without "_" but before a label budget, is finished only with `finish`, which the
+        script calls when it has done what follows the last update.
         """
         training = Training(module, optimizer, schedule, updates, seconds=0.0)
         self.training[stage] = training
@@ -129,7 +131,7 @@ class Run:
         if training.finished:
             return
         number = 1 + self.stages.index(stage.split("_")[0])
-        probe_every = max(LOG_EVERY, updates // PROBES // LOG_EVERY * LOG_EVERY)
+        probe_every = max(LOG_EVERY, updates // PROBE_TIMES // LOG_EVERY * LOG_EVERY)
         begun, earlier = time.time(), training.seconds
         sums, counts = {}, {}
         bar = tqdm(total=updates, initial=start, desc=stage, unit="update", mininterval=1, disable=RANK > 0)
@@ -209,10 +211,10 @@ class Run:
         return self.training[stage].finished
 
     def results(self, stage: str) -> dict:
-        """What `finish` stored; empty where this process did not come by the stage."""
-        if stage not in self.training:
-            return {}
-        return self.training[stage].results
+        """What `finish` stored, also in an earlier process; empty of a stage that is not finished."""
+        if stage in self.training:
+            return self.training[stage].results
+        return (load_checkpoint(self.folder / f"{stage}.pt", self.identity, "cpu") or {}).get("results", {})
 
     def finish(self, stage: str, **results: object) -> None:
         """Freezes the module and writes the stage's last checkpoint with `results`; stored ones are kept."""

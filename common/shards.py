@@ -122,15 +122,6 @@ def finish_shard(folder: Path, metadata: dict) -> dict:
     return metadata
 
 
-def write_shard(folder: Path, arrays: dict[str, np.ndarray], metadata: dict) -> dict:
-    """Writes arrays (N, ...), `frames` among them, as the shard <root>/<task>/shard_00000, or nothing.
-
-    Returns shard.json: `metadata` and shard, task, frames (N), sha256 {array: hash}.
-    """
-    append_rows(start_shard(folder), arrays)
-    return finish_shard(folder, metadata)
-
-
 def check_shard(folder: Path) -> dict:
     """shard.json of a finished shard; one that was damaged since is named and refused."""
     remedy = "delete that folder and run the same command again"

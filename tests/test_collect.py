@@ -26,12 +26,20 @@ from common.shards import (
     sha256,
     start_shard,
     write_json,
-    write_shard,
 )
 from common.tasks import INSTRUCTIONS, MT10, OBJECTS, TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Constant.* may be too high")
 TINY_RUN = [*TINY, "--prompt", "best", "blind", "--out", "data/tiny"]  # makes the fixture `tiny_data`
+
+
+def write_shard(folder: Path, arrays: dict[str, np.ndarray], metadata: dict) -> dict:
+    """Writes arrays (N, ...), `frames` among them, as the shard <root>/<task>/shard_00000, or nothing.
+
+    Returns shard.json: `metadata` and shard, task, frames (N), sha256 {array: hash}.
+    """
+    append_rows(start_shard(folder), arrays)
+    return finish_shard(folder, metadata)
 
 
 def read_shards(data: Path) -> list[tuple[dict[str, np.ndarray], dict]]:

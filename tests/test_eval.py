@@ -248,7 +248,7 @@ def test_rows_of_an_older_policy_are_dropped(lab, capsys):
     make_run("lapo", policy_hash={"2": "new"})
     Path("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode9.npy").touch()  # a film of the older policy
     evaluate()
-    assert "runs/lapo-s0/rollouts.csv: dropped 12 episodes of an older policy" in capsys.readouterr().out
+    assert "runs/lapo-s0/rollouts.csv: dropped 12 episodes of another policy" in capsys.readouterr().out
     assert {row["policy_hash"] for row in rows_of("lapo-s0")} == {"new"} and len(rows_of("lapo-s0")) == 12
     assert {row["policy_hash"] for row in rows_of("lapo-clean-s0")} == {"hash0"}
     assert len(lab) == 36
@@ -663,7 +663,7 @@ def test_chunks_are_executed_in_part(lab, monkeypatch):
             return chunk.astype(np.float32)
 
     monkeypatch.setattr(ev, "load_policy", lambda *_, **__: Policy())
-    make_run("latbot", script="latbot")
+    make_run("latbot", script="latbot", span=8)
     evaluate(episodes=2, envs=2, execute=3)
     reach = ev.TASKS.index("reach")
     assert asked[0] == ("reach", [(0, reach, 0, 0), (0, reach, 1, 0)])

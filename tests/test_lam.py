@@ -418,6 +418,26 @@ def test_a_flag_that_is_new_does_not_lock_out_older_runs(new_run, made_up, tmp_p
     assert path.read_text() == before, "a refused command leaves the folder as it was"
 
 
+def test_a_run_without_its_weights_is_one_line(new_run):
+    """As replicate.sh keeps runs: args.json, summary.json, rollouts.csv."""
+    run, data, args = new_run()
+    train_all(run, data, args)
+    for name, words in (("decoder_1", "decoder_1.pt is missing"), ("bc", "bc.pt is missing")):
+        (run.folder / f"{name}.pt").unlink()
+        with pytest.raises(SystemExit) as error:
+            load_policy(run.folder, "1")
+        assert words in one_line(error)
+
+
+def test_results_of_a_stage_outlive_the_process(new_run, made_up, tmp_path):
+    """A later command for another stage alone leaves the probes in summary.json."""
+    args = lam_vlm.parse_args(flags(data=made_up, out=tmp_path / "run"))
+    lam_vlm.main(args)
+    run, data = lam_vlm.open_run(args)
+    assert run.results("lam")["action_probe_nmse"] is not None and run.results("decoder_9") == {}
+    run.close()
+
+
 def test_tensorboard_has_each_update_once_after_a_resume(new_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -308,7 +308,7 @@ def test_data_without_actions_are_not_ranked(tmp_path):
 def test_a_frame_gap_longer_than_the_episodes_is_named(tmp_path):
     make_data(tmp_path / "data/made")
     result = run_script("linear_lam.py", "--data", "data/made", "--frame-gap", "50", cwd=tmp_path)
-    assert "--frame-gap 50" in refusal(result)
+    assert "gap of 50 steps" in refusal(result)
 
 
 def test_the_ranking_of_real_embeddings(tiny_data, tmp_path):

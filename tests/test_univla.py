@@ -409,6 +409,7 @@ def test_pretrained_parts_from_end_to_end(made_up, tmp_path):
         ("--labelled-episodes 9", "from 1 to 4"),
         ("--codebook 1", "at least 2"),
         ("--tasks fly", "has no task"),
+        ("--frame-gap 40", "longer than a gap of 40"),
     ],
 )
 def test_bad_flags_are_refused(made_up, tmp_path, flags, words):
