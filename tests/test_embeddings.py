@@ -20,8 +20,8 @@ import collect
 from common import encoders, pretrained
 from common.dataset import Column
 from common.disturb import change_std, frame_noise, round_to_bfloat16, tremble_of
-from common.encoders import embed_frames, embed_shard, embedding_key, make_encoder, prompt_text
-from common.oracle import blanked, named_segments
+from common.encoders import embed_frames, embed_shard, embedding_key, make_encoder
+from common.oracle import blanked, named_segments, prompt_text
 from common.shards import SEGMENTS
 
 TASK = "drawer-open"

@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_models import HAND_MADE, PROMPTS, tiny_model
 
 from common import pretrained
-from common.encoders import encoder_config, make_encoder, prompt_text
+from common.encoders import encoder_config, make_encoder
+from common.oracle import prompt_text
 
 POOLS = ("image", "text", "last", "all")
 ATTENDS_BOTH_WAYS = ("paligemma", "instructblip", "florence2")  # their image tokens can hear the prompt
