@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from common import at_least, fail, parse, shards
+from common import at_least, differences, fail, parse, shards
 from common.distracting_metaworld import DistractingMetaWorld
 from common.encoders import embed_shard, encoder_config, make_encoder
 from common.oracle import prompt_text
@@ -217,12 +217,9 @@ def start_data_set(args: Args, out: Path) -> None:
         if args.encoder == "oracle":
             fail(f"{out} was not simulated, and the oracle needs the simulator; choose another --encoder")
         return
-    changed = []
-    for key, value in identity(args).items():
-        if meta.get(key) != value:
-            changed.append(f"{key}: {meta.get(key)} there, {value} here")
+    changed = differences(meta, identity(args))
     if changed:
-        fail(f"{out} was collected with other arguments ({'; '.join(changed)}); choose another --out")
+        fail(f"{out} was collected with other arguments ({changed}); choose another --out")
     for leftover in out.glob("*/.tmp_*"):  # this process holds the lock
         shutil.rmtree(leftover)
 

@@ -269,12 +269,12 @@ def action_errors(run: dict, task: str, labelled: str, device: str) -> list[dict
     nmse: squared error over the action's variance, None where it hardly varies; r2: 1 - nmse; rmse: in the
     action's own units (the data set has them scaled to [-1, 1]). Dimension "all": mean of those that vary.
     """
-    data = Dataset(run["data"], (task,), probe_fraction=run["probe_fraction"])
     policy = open_policy(run["dir"], labelled, run["policy_hash"][labelled], device)
-    back = np.arange(1 - policy.frame_stack, 1)
+    split = {"probe_fraction": run["probe_fraction"]}
+    data = Dataset(run["data"], (task,), frame_stack=policy.frame_stack, **split)
     predictions = []
     for part in chunks(data.held_out):
-        stack = np.maximum(part[:, None] + back, data.first[part][:, None])  # the first frame is repeated
+        stack = data.stacked(part)
         frames = data.columns["frames"][stack.reshape(-1)]
         frames = frames.reshape(*stack.shape, *frames.shape[1:])
         predictions.append(policy.plan(frames, task, [[int(row)] for row in part])[:, 0])

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common import at_least, fail, shards
+from common import at_least, differences, fail, shards
 from common.lerobot import download, read_lerobot
 from common.recordings import Episode, frame_times, read_frames
 
@@ -139,7 +139,7 @@ def scale_actions(tasks: dict[str, list[Episode]], probe_fraction: float) -> dic
     """
     training = []
     for episodes in tasks.values():
-        held_out = min(len(episodes) - 1, max(1, round(probe_fraction * len(episodes))))
+        held_out = shards.held_out_episodes(len(episodes), probe_fraction)
         training += episodes[: len(episodes) - held_out]
     if training[0].actions is None:
         return None
@@ -226,11 +226,9 @@ def start_data_set(out: Path, meta: dict) -> None:
     """Writes meta.json, or refuses to go on with another one."""
     if not (out / "meta.json").exists():
         shards.write_json(out / "meta.json", meta)
-    there = shards.read_meta(out)
-    changed = [key for key in meta if there.get(key) != meta[key]]
+    changed = differences(shards.read_meta(out), meta)
     if changed:
-        words = "; ".join(f"{key}: {there.get(key)} there, {meta[key]} here" for key in changed)
-        fail(f"{out} was made from something else ({words}); choose another --out")
+        fail(f"{out} was made from something else ({changed}); choose another --out")
 
 
 def parse_args(arguments: list[str]) -> Args:

@@ -153,6 +153,14 @@ class ConvNet(nn.Sequential):
         super().__init__(*layers, nn.ReLU6())
 
 
+def total_stride(size: int, args: Args) -> int:
+    """Pixels of a frame a pixel of ConvNet's output; refuses frames that it does not divide."""
+    stride = args.stem * 2 ** (len(args.widths) - 1)
+    if size % stride:
+        fail(f"--stem and --widths need frames of a multiple of {stride} px, these have {size}")
+    return stride
+
+
 class ConvEncoder(nn.Module):
     """A conv net, flattened, and a linear layer: (B, C, S, S) -> (B, out)."""
 
@@ -205,10 +213,7 @@ class PictureFDM(nn.Module):
 
     def __init__(self, size: int, args: Args):
         super().__init__()
-        stride = args.stem * 2 ** (len(args.widths) - 1)
-        if size % stride:
-            fail(f"--stem and --widths need frames of a multiple of {stride} px, these have {size}")
-        self.side = size // stride
+        self.side = size // total_stride(size, args)
         width = args.widths[-1]
         self.mix = nn.Conv2d(width + args.latent_dim, width, 1)
         layers = [ResBlock(width) for _ in range(args.res_blocks)]
@@ -332,9 +337,9 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
             fdm_loss = error.mean()
             loss = fdm_loss
             if args.supervision:
-                t = step.rng.choice(labelled, args.batch_size)[run.share]
-                z = lam.idm(data.observe(t), data.observe(t + gap))
-                action_loss = F.mse_loss(lam.action_head(z), data.actions(t))
+                rows = step.rng.choice(labelled, args.batch_size)[run.share]
+                z_labelled = lam.idm(data.observe(rows), data.observe(rows + gap))
+                action_loss = F.mse_loss(lam.action_head(z_labelled), data.actions(rows))
                 loss = loss + args.supervision * action_loss
                 step.log(action_loss=action_loss)
         optimizer.zero_grad()
@@ -463,7 +468,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         name = f"lapo-{data.embedding['name']}"
     if args.supervision:
         name = name.replace("lapo", "laom")
-    if data.meta["env"] is not None and data.meta["env"]["videos"] == "none":
+    if data.undistracted:
         name += "-clean-data"
     if args.fdm_sees != "z":
         name += f"-{args.fdm_sees}"

@@ -33,7 +33,7 @@ from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 from common.tasks import language_motion
-from lam_vlm import ConvNet
+from lam_vlm import ConvNet, total_stride
 
 
 @dataclass
@@ -258,12 +258,8 @@ class UnifiedDecoder(nn.Module):
     def __init__(self, domain: Domain, target_mean: Tensor, args: Args):
         super().__init__()
         self.args, self.size, width = args, domain.size, args.width
-        self.patch = args.stem * 2 ** (len(args.widths) - 1)
+        self.patch = total_stride(domain.size, args)
         side = domain.size // self.patch
-        if domain.size % self.patch:
-            fail(
-                f"--stem and --widths need frames of a multiple of {self.patch} px, these have {domain.size}"
-            )
         if args.fdm_sees == "frame":
             self.see = nn.Conv2d(3, width, self.patch, self.patch)
         self.place = nn.Parameter(0.02 * torch.randn(side**2, width))
@@ -399,7 +395,7 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
                 motion, gripper = windows.chunk(t)
                 motion_loss = F.mse_loss(actions[..., :-1], motion)
                 gripper_loss = F.binary_cross_entropy_with_logits(actions[..., -1].float(), gripper)
-                loss = target_loss + args.action_weight * (motion_loss + gripper_loss)
+                loss = loss + args.action_weight * (motion_loss + gripper_loss)
                 step.log(motion_loss=motion_loss, gripper_loss=gripper_loss)
         optimizer.zero_grad()
         loss.backward()
@@ -583,7 +579,7 @@ def default_variant(args: Args, data: Dataset) -> str:
     """latbot, latbot-oracle, latbot-text-all, split, actions, undivided, no-latents, ..., -clean-data."""
     names = {("split", True): "latbot", ("split", False): "split", ("undivided", True): "actions"}
     name = names.get((args.latents, args.action_weight > 0), "undivided")
-    simulated, embedding = data.meta["env"] is not None, data.embedding or {"name": ""}
+    embedding = data.embedding or {"name": ""}
     parts = {
         f"-{embedding['name']}": args.target == "embedding",
         f"-{args.target}": args.target in ("clean", "masked"),
@@ -591,7 +587,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         f"-text-{args.text}": args.text != "labelled",
         f"-{Path(args.backbone).name}": args.backbone != "tiny",
         "-trains": args.student == "trains",
-        "-clean-data": simulated and data.meta["env"]["videos"] == "none",
+        "-clean-data": data.undistracted,
     }
     if args.latents == "none":  # then most others say nothing
         name, parts = "no-latents", {"-clean-data": parts["-clean-data"]}

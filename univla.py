@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import lam_vlm
 from common import at_least, fail, parse
 from common.actor import Actor, read_policy_run
+from common.backbones import transformer
 from common.codebook import Codebook, perplexity, shares
 from common.dataset import Dataset, chunks, common_std
 from common.device import average_gradients, pick_device
@@ -137,12 +138,6 @@ PROBES = ("action_probe_nmse", "leak_probe_r2")
 # ---------------------------------------------------------------------------------------- models
 
 
-def transformer(args: Args, blocks: int) -> nn.TransformerEncoder:
-    width, like = args.width, {"activation": "gelu", "batch_first": True, "norm_first": True}
-    block = nn.TransformerEncoderLayer(width, args.heads, 4 * width, dropout=0, **like)
-    return nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
-
-
 class Instruction(nn.Module):
     """Word numbers (B, L), or states of a frozen text encoder (B, L, D) -> tokens (B, L, width)."""
 
@@ -170,7 +165,7 @@ class Encoder(nn.Module):
         self.project = nn.Linear(dim, args.width)
         self.project_difference = nn.Linear(dim, args.width)
         self.place = nn.Parameter(0.02 * torch.randn(2, patches, args.width))  # and time
-        self.blocks = transformer(args, args.blocks[0])
+        self.blocks = transformer(args.width, args.heads, args.blocks[0])
         self.out = nn.Linear(args.width, args.code_dim)
 
     def forward(self, now: Tensor, after: Tensor, queries: Tensor, instruction: Tensor) -> Tensor:
@@ -194,7 +189,7 @@ class TokenDecoder(nn.Module):
         self.sees_frame = args.fdm_sees == "frame"
         self.project_codes = nn.Linear(args.code_dim, args.width)
         self.place = nn.Parameter(0.02 * torch.randn(patches, args.width))
-        self.blocks = transformer(args, args.blocks[1])
+        self.blocks = transformer(args.width, args.heads, args.blocks[1])
         self.out = nn.Linear(args.width, dim)
 
     def forward(self, now: Tensor, codes: Tensor, instruction: Tensor) -> Tensor:
@@ -360,7 +355,6 @@ def policy_args(args: Args) -> lam_vlm.Args:
 
 def default_variant(args: Args, data: Dataset) -> str:
     """univla, univla-z, univla-no-language, univla-ti, univla-code, ..., -clean-data."""
-    simulated = data.meta["env"] is not None
     parts = {
         f"-{Path(args.features).name}": args.features != "pixels",
         "-z": args.fdm_sees == "z",
@@ -368,7 +362,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         f"-{Path(args.text).name}": args.text not in ("words", "none"),
         "-ti": args.cloned == "ti",
         "-code": args.clone_as == "code",
-        "-clean-data": simulated and data.meta["env"]["videos"] == "none",
+        "-clean-data": data.undistracted,
     }
     return "univla" + "".join(part for part, holds in parts.items() if holds)
 

@@ -38,3 +38,9 @@ def at_least(bound: float, args: object, *names: str) -> None:
     for name in names:
         if not getattr(args, name) >= bound:
             fail(f"--{name.replace('_', '-')} must be at least {bound}")
+
+
+def differences(there: dict, here: dict) -> str:
+    """What a folder's stored values have otherwise than those of this command; empty if they agree."""
+    changed = [key for key in here if there.get(key) != here[key]]
+    return "; ".join(f"{key}: {there.get(key)} there, {here[key]} here" for key in changed)

@@ -26,6 +26,12 @@ def split_words(text: str) -> list[str]:
     return text.lower().replace(",", " ,").split()
 
 
+def transformer(width: int, heads: int, blocks: int) -> nn.TransformerEncoder:
+    like = {"activation": "gelu", "batch_first": True, "norm_first": True}
+    block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0, **like)
+    return nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
+
+
 class TinyBackbone(nn.Module):
     """Convolutional patches of the frames, words, learned queries, and a small transformer over them.
 
@@ -61,9 +67,7 @@ class TinyBackbone(nn.Module):
         self.words = nn.Embedding(len(number), width)
         self.word_place = nn.Parameter(0.02 * torch.randn(2, longest, width))  # of instruction, of text
         self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
-        like = {"activation": "gelu", "batch_first": True, "norm_first": True}
-        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0, **like)
-        self.blocks = nn.TransformerEncoder(block, blocks, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.blocks = transformer(width, heads, blocks)
         self.say = nn.Linear(width, len(number))
 
     def numbers(self, texts: list[str], number: dict[str, int]) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common import fail
 from common.probes import Probes, background_change
-from common.shards import RANK, SEGMENTS, atomic_write, read_json, read_meta
+from common.shards import RANK, SEGMENTS, atomic_write, held_out_episodes, read_json, read_meta
 
 SAMPLE = 10_000  # transitions that probes and statistics are fitted on, at most
 
@@ -83,6 +83,8 @@ class Dataset:
         if "shards" not in self.meta:
             fail(f"{root} is not finished; run the command that makes it again")
         self.size = self.meta["size"]
+        env = self.meta["env"]  # None: of videos
+        self.undistracted = env is not None and env["videos"] == "none"
         self.tasks = tuple(task.removesuffix("-v3") for task in tasks) or tuple(self.meta["tasks"])
         for task in self.tasks:
             if task not in self.meta["tasks"]:
@@ -148,7 +150,7 @@ class Dataset:
                 fail(
                     f"{self.root} has {episodes} episode of {task}; at least 2 are needed, one for the probes"
                 )
-            held_out = min(episodes - 1, max(1, round(probe_fraction * episodes)))
+            held_out = held_out_episodes(episodes, probe_fraction)
             self.n_held_out.append(held_out)
             self.n_train.append(episodes - held_out)
             self.label_order.append(np.random.default_rng([seed, 7]).permutation(episodes - held_out))
@@ -203,11 +205,14 @@ class Dataset:
         """(B, 3, H, W) uint8, channels-last."""
         return self.column(name, rows).permute(0, 3, 1, 2)
 
+    def stacked(self, rows: np.ndarray) -> np.ndarray:
+        """(B, stack): the rows of the frames up to each row; the first of its episode is repeated."""
+        back = np.arange(1 - self.frame_stack, 1)
+        return np.maximum(rows[:, None] + back, self.first[rows][:, None])
+
     def observe(self, rows: np.ndarray) -> Tensor:
         """Observation o_t, (B, 3 * stack, H, W) uint8: frames up to t; the first one is repeated."""
-        back = np.arange(1 - self.frame_stack, 1)
-        stack = np.maximum(rows[:, None] + back, self.first[rows][:, None])  # (B, stack)
-        frames = self.frame(stack.reshape(-1))
+        frames = self.frame(self.stacked(rows).reshape(-1))
         return frames.reshape(len(rows), -1, self.size, self.size)
 
     def target(self, rows: np.ndarray) -> Tensor:
@@ -231,14 +236,8 @@ class Dataset:
 
         Per embedding dimension (D,), or per colour (3, 1, 1).
         """
-        now, change = Moments(), Moments()
         rows = np.sort(np.random.default_rng(0).permutation(self.train)[:SAMPLE])
-        for part in chunks(rows):
-            target_now, target_next = self.target(part), self.target(part + self.frame_gap)
-            now.add(target_now)
-            change.add(target_next - target_now)
-        (mean, std), (change_mean, change_std) = now.mean_std(), change.mean_std()
-        return {"mean": mean, "std": std, "change_mean": change_mean, "change_std": change_std}
+        return change_statistics(self.target, rows, self.frame_gap)
 
     def probes(self) -> tuple[Probes, np.ndarray, np.ndarray]:
         """The probes, and the training and held-out transitions whose latents they take."""
@@ -261,7 +260,7 @@ class Dataset:
             arrays["states"] = [
                 change[:, :18].astype(np.float64) for change in changes
             ]  # hand, gripper, objects
-        if "segments" in self.columns and self.meta["env"]["videos"] != "none":
+        if "segments" in self.columns and not self.undistracted:
             arrays["background"] = [self.background(split) for split in rows]
         return Probes(**arrays), *rows
 
@@ -379,3 +378,16 @@ class Moments:
         variance = (self.squares - self.count * mean**2) / (self.count - 1)
         std = variance.clamp_min(0).sqrt()
         return mean.float(), std.clamp_min(0.1 * std.mean() + 1e-6).float()
+
+
+def change_statistics(
+    values: Callable[[np.ndarray], Tensor], rows: np.ndarray, gap: int
+) -> dict[str, Tensor]:
+    """mean, std of the values of rows, and change_mean, change_std of their change over the gap."""
+    now, change = Moments(), Moments()
+    for part in chunks(rows):
+        value, after = values(part), values(part + gap)
+        now.add(value)
+        change.add(after - value)
+    (mean, std), (change_mean, change_std) = now.mean_std(), change.mean_std()
+    return {"mean": mean, "std": std, "change_mean": change_mean, "change_std": change_std}

@@ -26,7 +26,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm import tqdm
 
-from common import fail
+from common import differences, fail
 from common.device import average
 from common.records import Log, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
 from common.shards import RANK, WORLD, lock_folder, read_json, write_json
@@ -97,11 +97,9 @@ class Run:
             del identity[name]
         path = self.folder / "args.json"
         if path.exists():
-            there = defaults | read_json(path)
-            changed = [key for key, value in identity.items() if there[key] != value]
+            changed = differences(defaults | read_json(path), identity)
             if changed:
-                why = "; ".join(f"{key}: {there[key]} there, {identity[key]} here" for key in changed)
-                fail(f"{self.folder} is a run with other arguments ({why}); choose another --out")
+                fail(f"{self.folder} is a run with other arguments ({changed}); choose another --out")
         chosen = {key: value for key, value in identity.items() if value != defaults[key]}
         text = json.dumps([self.stages, chosen, data_hash], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]

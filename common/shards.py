@@ -122,6 +122,11 @@ def finish_shard(folder: Path, metadata: dict) -> dict:
     return metadata
 
 
+def held_out_episodes(episodes: int, probe_fraction: float) -> int:
+    """How many of a task's episodes, the last ones, are held out: at least one, and never all."""
+    return min(episodes - 1, max(1, round(probe_fraction * episodes)))
+
+
 def check_shard(folder: Path) -> dict:
     """shard.json of a finished shard; one that was damaged since is named and refused."""
     remedy = "delete that folder and run the same command again"

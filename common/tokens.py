@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common import fail
-from common.dataset import Dataset, Moments, chunks, to_float
+from common.dataset import Dataset, change_statistics, to_float
 from common.encoders import one_line
 
 GRID = 8  # raw patches a side
@@ -51,14 +51,8 @@ class Tokens:
 
     def statistics(self) -> dict[str, Tensor]:
         """mean, std of the tokens and change_mean, change_std of their change, each (D,)."""
-        now, change = Moments(), Moments()
         rows = np.sort(np.random.default_rng(0).permutation(self.data.train)[:SAMPLE])
-        for part in chunks(rows):
-            tokens, after = self.patches(part), self.patches(part + self.data.frame_gap)
-            now.add(tokens.flatten(0, 1))
-            change.add((after - tokens).flatten(0, 1))
-        (mean, std), (change_mean, change_std) = now.mean_std(), change.mean_std()
-        return {"mean": mean, "std": std, "change_mean": change_mean, "change_std": change_std}
+        return change_statistics(lambda part: self.patches(part).flatten(0, 1), rows, self.data.frame_gap)
 
 
 class Pixels:
