@@ -29,6 +29,7 @@ from common import at_least, fail, parse
 from common.actor import Actor, read_policy_run
 from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
+from common.probes import mean_over_tasks
 from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
@@ -316,8 +317,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     torch.manual_seed(args.seed)
     lam = LAM(data, args).to(run.device, memory_format=torch.channels_last)
     optimizer, schedule = one_cycle(lam, args.lr, args.weight_decay, args.lam_updates)
-    probes, train_rows, held_out_rows = data.probes()
-    measured = {}
+    probes, measured = data.probes(), {}
     gap = args.frame_gap
     if args.supervision:
         labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)
@@ -350,8 +350,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
         step.log(loss=loss, fdm_loss=fdm_loss)
 
         if step.probe_due:
-            z_train, z_test = encode(lam, data, train_rows), encode(lam, data, held_out_rows)
-            measured = probes.measure(z_train.double().cpu().numpy(), z_test.double().cpu().numpy())
+            measured = measure(lam, data, probes)
             step.log(**measured)
 
     if not run.finished("lam"):
@@ -359,6 +358,15 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
         lam.latent_std.copy_(common_std(encode(lam, data, sample)))
     run.finish("lam", **measured)
     return lam
+
+
+def measure(lam: LAM, data: Dataset, probes: list) -> dict[str, float | list | None]:
+    """What common/probes.py finds in the latents, a task at a time, mean over tasks."""
+    measured = []
+    for of_task, *splits in probes:
+        z_train, z_test = (encode(lam, data, rows).double().cpu().numpy() for rows in splits)
+        measured.append(of_task.measure(z_train, z_test))
+    return mean_over_tasks(measured)
 
 
 def what_to_clone(data: Dataset, args: Args, lam: LAM | None) -> tuple[np.ndarray, Tensor]:

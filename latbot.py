@@ -13,7 +13,6 @@ After LatBot, arXiv 2511.23034, of which no code is public; what is ours: docs/l
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,11 +27,12 @@ from common.actor import read_policy_run
 from common.backbones import TinyBackbone, VLMBackbone
 from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
-from common.probes import r2_score
+from common.figures import plot_attention
+from common.probes import mean_over_tasks, r2_score, spatial_entropy
 from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
-from common.tasks import language_motion
+from common.windows import Domain, Windows
 from lam_vlm import ConvNet, total_stride
 
 
@@ -51,7 +51,7 @@ class Args:
     fdm_sees: Literal["frame", "z"] = "frame"
     """what the decoder sees besides the latents: the first frame, or nothing; DETAIL 4"""
     latents: Literal["split", "undivided", "none"] = "split"
-    """split: of scene and of motion; undivided: one; none: no teacher, no distillation"""
+    """split: of scene and of motion; undivided: one; none: no teacher, the student learns text alone"""
     motion_dim: int = 8
     """dimensions of the motion latent"""
     scene_dim: int = 64
@@ -61,7 +61,7 @@ class Args:
     text: Literal["labelled", "all", "none"] = "labelled"
     """episodes whose sub-tasks the student learns to say: labelled, all, none"""
     student: Literal["trains", "frozen"] = "frozen"
-    """whether the student trains on with the expert (with --latents none it always does)"""
+    """whether the student trains on with the expert; with --latents none it always does"""
     labelled_episodes: tuple[str, ...] = ("8",)
     """label budget, one: episodes a task whose true actions may be used, or `all`"""
     frames: int = 3
@@ -72,7 +72,7 @@ class Args:
     """query tokens of each of scene and motion"""
     width: int = 128
     """width of transformers and expert"""
-    heads: int = 4
+    heads: int = 2
     """attention heads"""
     blocks: int = 2
     """transformer blocks of backbone and decoder"""
@@ -140,88 +140,6 @@ PAPER = Args(
 PRESETS = {"quick": QUICK, "paper": PAPER}
 PROBES = ("action_probe_nmse", "leak_probe_r2")
 TEXT_WEIGHT = 0.5  # of the sub-task's next-token loss (published)
-
-
-# ---------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Domain:
-    """What the models have to know of the data; stored in summary.json."""
-
-    size: int
-    action_dim: int
-    instructions: list[str]  # of the tasks
-    subtasks: list[str]  # in words
-
-
-class Windows:
-    """Windows t..t+span of a data set: their frames, instructions, sub-tasks and chunks of actions.
-
-    The last action dimension is the gripper's, which has two levels; the others are normalised by their
-    quantiles over the labelled episodes.
-    """
-
-    def __init__(self, data: Dataset, args: Args):
-        self.data = data
-        self.span = args.span
-        self.offsets = np.linspace(0, args.span, args.frames).round().astype(int)
-        self.labelled = data.labelled(args.labelled_episodes[0])  # rows with an action
-        self.whole = np.intersect1d(self.labelled, data.train)  # rows with a whole chunk of them
-        if not len(self.whole):
-            fail(f"no labelled episode of {data.root} is longer than --span {args.span}")
-        subtasks = []
-        if args.text != "none":
-            self.said = self.whole  # rows whose sub-task the student learns to say
-            if args.text == "all":
-                self.said = data.train
-            subtasks = self.name_subtasks()
-        instructions = [data.meta["instructions"][task] for task in data.tasks]
-        self.domain = Domain(data.size, data.action_dim, instructions, subtasks)
-        actions = data.columns["actions"][self.labelled]
-        low, high = np.quantile(actions, [0.01, 0.99], axis=0)
-        self.low, self.scale = low, np.where(high > low, (high - low) / 2, 1)
-        gripper = actions[:, -1]
-        self.middle = (gripper.min() + gripper.max()) / 2
-        above = gripper > self.middle
-        lower, upper = gripper[~above], gripper[above]
-        self.levels = np.array([lower.mean(), (upper if len(upper) else lower).mean()])
-
-    def name_subtasks(self) -> list[str]:
-        """What the robot does in each window, in words, by one rule for all tasks; the distinct ones."""
-        if "states" not in self.data.columns:
-            fail(f"{self.data.root} has no states to name sub-tasks by; add --text none")
-        rows = np.concatenate([self.data.train, self.data.held_out])
-        now, later = (self.data.columns["states"][rows + ahead] for ahead in (0, self.span))
-        names = np.full(len(self.data.task), "", dtype=object)
-        names[rows] = [language_motion(*pair) for pair in zip(now, later)]
-        subtasks = sorted(set(names[self.said]))
-        number = {name: index for index, name in enumerate(subtasks)}
-        self.subtask = np.array([number.get(name, -1) for name in names])
-        return subtasks
-
-    def frames(self, rows: np.ndarray) -> Tensor:
-        """(B, F, 3, H, W) uint8"""
-        frames = self.data.frame((rows[:, None] + self.offsets).reshape(-1))
-        return frames.reshape(len(rows), len(self.offsets), *frames.shape[1:])
-
-    def task(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.data.task[rows]).to(self.data.device)
-
-    def subtask_of(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.subtask[rows]).to(self.data.device)
-
-    def chunk(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Motion (B, span, A - 1) in quantiles, and the gripper (B, span): 1 on its upper level.
-
-        Behind an episode's last action that one is repeated.
-        """
-        last = self.data.last[rows] - 1
-        steps = np.minimum(rows[:, None] + np.arange(self.span), last[:, None])
-        actions = self.data.columns["actions"][steps.reshape(-1)].reshape(*steps.shape, -1)
-        motion = ((actions - self.low) / self.scale - 1)[..., :-1].astype(np.float32)
-        gripper = (actions[..., -1] > self.middle).astype(np.float32)
-        return torch.from_numpy(motion).to(self.data.device), torch.from_numpy(gripper).to(self.data.device)
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -303,8 +221,6 @@ class Teacher(nn.Module):
         super().__init__()
         for name, value in windows.data.statistics().items():  # mean, std, change_mean, change_std
             self.register_buffer(name, value)
-        self.register_buffer("latent_mean", torch.zeros(args.scene_dim + args.motion_dim))  # set at the end
-        self.register_buffer("latent_std", torch.ones(()))
         self.backbone = make_backbone(replace(windows.domain, subtasks=[]), args, args.frames)
         self.to_latents = Latents(self.backbone.width, args)
         self.decoder = UnifiedDecoder(windows.domain, self.mean, args)
@@ -370,8 +286,12 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 # ---------------------------------------------------------------------------------------- stages
 
 
-def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
-    """Stage 1: latents from which the decoder predicts the target's change and, if labelled, actions."""
+def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
+    """Stage 1: latents from which the decoder predicts the target's change and, if labelled, actions.
+
+    Returns those of all windows, `data.transitions`, as the student is to say them: centred, in their natural
+    scale up to one factor. (N, scene_dim + motion_dim)
+    """
     torch.manual_seed(args.seed)
     data, span = windows.data, args.span
     teacher = Teacher(windows, args).to(run.device)
@@ -404,35 +324,37 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Teacher:
         schedule.step()
         step.log(loss=loss, target_loss=target_loss)
 
+    z = encode(teacher, windows)
     measured = {}
     if not run.finished("teacher"):
-        z = encode(teacher, windows, data.train)
-        teacher.latent_mean.copy_(z.mean(0))
-        teacher.latent_std.copy_(common_std(z))
-        measured = measure(teacher, windows, args)
+        measured = measure(z, windows, args)
     run.finish("teacher", **measured)
-    return teacher
+    trained = z[windows.among(data.train)]
+    return (z - trained.mean(0)) / common_std(trained)
 
 
-def train_student(run: Run, windows: Windows, args: Args, teacher: Teacher) -> Student:
-    """Stage 2: the teacher's latents, and the sub-task's words, from the first frame and the instruction."""
+def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None) -> Student:
+    """Stage 2: the teacher's latents, if any, and the sub-task in words, from first frame and instruction."""
     data = windows.data
-    z = said_by(teacher, windows, data.train)  # detached: the teacher is frozen
     torch.manual_seed(args.seed + 1)
     student = Student(windows.domain, args).to(run.device)
+    if latents is None and not windows.domain.subtasks:
+        return student  # nothing to learn before the expert
     optimizer, schedule = one_cycle(student, args.lr, args.weight_decay, args.student_updates)
 
     for step in run.steps("student", student, optimizer, schedule, args.student_updates):
-        pick = step.rng.integers(len(data.train), size=args.batch_size)[run.share]
-        t = data.train[pick]
+        loss = 0
+        t = step.rng.choice(data.train, args.batch_size)[run.share]
         shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
-        first = random_shift(data.frame(t), torch.from_numpy(shifts).to(run.device), args.max_shift)
-        wanted = z[torch.from_numpy(pick).to(run.device)]
         with run.autocast():
-            predicted, _, _ = student(first, windows.task(t))
-            latent_loss = F.mse_loss(predicted, wanted)
-            divergence = F.kl_div(predicted.float().log_softmax(1), wanted.softmax(1), reduction="batchmean")
-            loss = latent_loss + divergence
+            if latents is not None:
+                first = random_shift(data.frame(t), torch.from_numpy(shifts).to(run.device), args.max_shift)
+                wanted = latents[windows.among(t)]
+                said, _, _ = student(first, windows.task(t))
+                latent_loss = F.mse_loss(said, wanted)
+                divergence = F.kl_div(said.float().log_softmax(1), wanted.softmax(1), reduction="batchmean")
+                loss = loss + latent_loss + divergence
+                step.log(latent_loss=latent_loss, divergence=divergence)
             if windows.domain.subtasks:
                 t = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
                 _, logits, targets = student(data.frame(t), windows.task(t), windows.subtask_of(t))
@@ -444,21 +366,22 @@ def train_student(run: Run, windows: Windows, args: Args, teacher: Teacher) -> S
         average_gradients(student)
         optimizer.step()
         schedule.step()
-        step.log(loss=loss, latent_loss=latent_loss, divergence=divergence)
+        step.log(loss=loss)
 
     measured = {}
     if not run.finished("student"):
-        measured = distilled(student, teacher, windows)
+        measured = distilled(student, windows, latents)
+        measured |= attended(student, windows, run.folder / "attention.png")
     run.finish("student", **measured)
     return student
 
 
-def train_expert(run: Run, windows: Windows, args: Args, student: Student | None) -> Expert:
+def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Expert:
     """Stage 3: actions of the labelled episodes by flow matching on what the student says."""
     data, budget = windows.data, args.labelled_episodes[0]
     torch.manual_seed(args.seed + 2)
-    trains = student is None or args.student == "trains"
-    expert = Expert(student or Student(windows.domain, args), windows.domain, args).to(run.device)
+    trains = args.latents == "none" or args.student == "trains"
+    expert = Expert(student, windows.domain, args).to(run.device)
     expert.set_scale(windows)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
@@ -493,15 +416,10 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student | None
 
 
 @torch.no_grad()
-def encode(teacher: Teacher, windows: Windows, rows: np.ndarray) -> Tensor:
-    """Latents of the windows rows -> rows + span, scene first. (N, scene_dim + motion_dim) float32"""
+def encode(teacher: Teacher, windows: Windows) -> Tensor:
+    """The teacher's latents of all windows, `data.transitions`, scene first. (N, scene + motion) float32"""
     teacher.eval()
-    return torch.cat([teacher.latents(windows, part) for part in chunks(rows, 256)]).float()
-
-
-def said_by(teacher: Teacher, windows: Windows, rows: np.ndarray) -> Tensor:
-    """The latents as the student is to say them: centred, in their natural scale up to one factor."""
-    return (encode(teacher, windows, rows) - teacher.latent_mean) / teacher.latent_std
+    return torch.cat([teacher.latents(windows, part) for part in chunks(windows.data.transitions)]).float()
 
 
 def parts_of(z: Tensor, args: Args) -> dict[str, Tensor]:
@@ -512,34 +430,67 @@ def parts_of(z: Tensor, args: Args) -> dict[str, Tensor]:
     return {"scene": scene, "motion": motion}
 
 
-def measure(teacher: Teacher, windows: Windows, args: Args) -> dict[str, float]:
+def measure(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | None]:
     """Action (mean over the chunk) and leak probes of each latent, a task at a time, mean over tasks."""
-    values = defaultdict(list)
-    for probes, *splits in windows.data.probes_of_tasks():
-        train, held_out = (parts_of(encode(teacher, windows, rows), args) for rows in splits)
+    found = []
+    for probes, *splits in windows.data.probes():
+        train, held_out = (parts_of(latents[windows.among(rows)], args) for rows in splits)
+        of_task = {}
         for name in train:
             measured = probes.measure(*(z[name].double().cpu().numpy() for z in (train, held_out)))
-            for probe in PROBES:
-                values[f"{name}_{probe}"].append(measured[probe])
-    return {name: float(np.mean(found)) for name, found in values.items() if None not in found}
+            of_task |= {f"{name}_{probe}": measured[probe] for probe in PROBES}
+        found.append(of_task)
+    return mean_over_tasks(found)
 
 
 @torch.no_grad()
-def distilled(student: Student, teacher: Teacher, windows: Windows) -> dict[str, float]:
-    """On held-out episodes: R^2 of the teacher's latents, and how often each word of a sub-task is right."""
+def distilled(student: Student, windows: Windows, latents: Tensor | None) -> dict[str, float]:
+    """On held-out episodes: R^2 of the teacher's latents; loss and accuracy of a sub-task's words."""
     student.eval()
-    rows = windows.data.held_out
-    said = [student(windows.data.frame(part), windows.task(part))[0] for part in chunks(rows, 256)]
-    wanted = said_by(teacher, windows, rows)
-    result = {"latents_r2": r2_score(wanted.cpu().numpy(), torch.cat(said).float().cpu().numpy())}
-    rows = rows[windows.subtask[rows] >= 0] if windows.domain.subtasks else rows[:0]
-    if len(rows):
-        right = []
-        for part in chunks(rows, 256):
-            first, task, subtask = windows.data.frame(part), windows.task(part), windows.subtask_of(part)
-            _, logits, targets = student(first, task, subtask)
-            right.append((logits.argmax(2) == targets)[targets != -100].float())
+    data, result = windows.data, {}
+    if latents is not None:
+        wanted = latents[windows.among(data.held_out)].cpu().numpy()
+        said = [student(data.frame(part), windows.task(part))[0] for part in chunks(data.held_out)]
+        result["latents_r2"] = r2_score(wanted, torch.cat(said).float().cpu().numpy())
+    losses, right = [], []
+    for part in chunks(windows.named(data.held_out)):
+        _, logits, targets = student(data.frame(part), windows.task(part), windows.subtask_of(part))
+        logits, targets = logits[targets >= 0], targets[targets >= 0]
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        right.append((logits.argmax(1) == targets).float())
+    if right:
+        result["text_loss"] = float(torch.cat(losses).mean())
         result["text_accuracy"] = float(torch.cat(right).mean())
+    return result
+
+
+@torch.no_grad()
+def attended(student: Student, windows: Windows, path: Path) -> dict[str, float]:
+    """Where a sub-task's last word looks on held-out frames, of the tiny backbone; drawn at `path`.
+
+    attention_entropy: spatial entropy, the lower the more concentrated. attention_on_robot: the attention
+    that the robot gets, over its share of the picture.
+    """
+    data, result = windows.data, {}
+    rows = windows.named(data.held_out)
+    if not len(rows) or not isinstance(student.backbone, TinyBackbone):
+        return result
+    student.eval()
+    maps, robot = [], []
+    for part in chunks(rows):
+        words = windows.task(part), windows.subtask_of(part)
+        maps.append(student.backbone.attention(data.frame(part)[:, None], *words))
+        if "segments" in data.columns:
+            area = F.adaptive_avg_pool2d(data.segment(part, "robot"), maps[-1].shape[1:])
+            seen = (maps[-1] * area[:, 0]).sum((1, 2)) / maps[-1].sum((1, 2))
+            robot.append(seen / area.mean((1, 2, 3)).clamp_min(1e-3))
+    maps = torch.cat(maps).cpu().numpy()
+    result["attention_entropy"] = spatial_entropy(maps)
+    if robot:
+        result["attention_on_robot"] = float(torch.cat(robot).mean())
+    some = np.linspace(0, len(rows) - 1, 6).astype(int)
+    if RANK == 0:
+        plot_attention(data.columns["frames"][rows[some]], maps[some], path)
     return result
 
 
@@ -589,8 +540,10 @@ def default_variant(args: Args, data: Dataset) -> str:
         "-trains": args.student == "trains",
         "-clean-data": data.undistracted,
     }
-    if args.latents == "none":  # then most others say nothing
-        name, parts = "no-latents", {"-clean-data": parts["-clean-data"]}
+    if args.latents == "none":
+        name = "no-latents"
+        for of_teacher in (f"-{embedding['name']}", f"-{args.target}", "-z", "-trains"):
+            parts.pop(of_teacher, None)
     return name + "".join(part for part, holds in parts.items() if holds)
 
 
@@ -612,7 +565,7 @@ def parse_args(arguments: list[str]) -> Args:
     if len(args.labelled_episodes) != 1:
         fail("the teacher trains on one label budget: give one value to --labelled-episodes")
     if args.latents == "none":
-        args.stages, args.export = ("expert",), False
+        args.export = False
     return args
 
 
@@ -629,7 +582,7 @@ def open_run(args: Args) -> tuple[Run, Windows]:
     args.variant = args.variant or default_variant(args, data)
     folder = default_folder(f"{args.variant}-{args.labelled_episodes[0]}", args.tasks, args.seed, args.data)
     args.out = args.out or folder
-    windows = Windows(data, args)
+    windows = Windows(data, args.span, args.frames, args.labelled_episodes[0], args.text)
     run = Run(Path(args.out), ("teacher", "student", "expert"), args.seed, device, dtype)
     run.claim(args, ("stages", "device", "out", "variant", "export"), data.hash)
     if RANK == 0:
@@ -649,18 +602,17 @@ def summarise(run: Run, windows: Windows, args: Args) -> None:
 
 def main(args: Args) -> None:
     run, windows = open_run(args)
-    student = None
-    if args.latents != "none":
-        # stage 1: latents of scene and motion, from frames t..t+span
-        teacher = train_teacher(run, windows, args)
+    latents = None
 
+    # stage 1: latents of scene and motion, from frames t..t+span
+    if args.latents != "none":
+        latents = train_teacher(run, windows, args)
         if args.export:
-            latents = encode(teacher, windows, windows.data.transitions)
             windows.data.export_latents(latents, run.folder / "latents.parquet")
 
-        # stage 2: the same from the first frame and the instruction alone, and the sub-task in words
-        if args.stages != ("teacher",):
-            student = train_student(run, windows, args, teacher)
+    # stage 2: the same from the first frame and the instruction alone, and the sub-task in words
+    if "student" in args.stages or "expert" in args.stages:
+        student = train_student(run, windows, args, latents)
 
     # stage 3: actions from what the student says, learnt from the labelled episodes
     if "expert" in args.stages:

@@ -33,6 +33,7 @@ from common.backbones import transformer
 from common.codebook import Codebook, perplexity, shares
 from common.dataset import Dataset, chunks, common_std
 from common.device import average_gradients, pick_device
+from common.probes import mean_over_tasks
 from common.records import default_folder
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
@@ -68,7 +69,7 @@ class Args:
     """dimensions of an entry"""
     width: int = 96
     """width of the transformers"""
-    heads: int = 4
+    heads: int = 2
     """attention heads"""
     blocks: tuple[int, int] = (2, 2)
     """transformer blocks of the encoder and of the decoder"""
@@ -303,24 +304,22 @@ def encode(lam: LAM, rows: np.ndarray) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def measure(lam: LAM, args: Args) -> dict[str, float]:
-    """Perplexities, and probes of latents and of their entries, a task at a time, mean over tasks.
-
-    Probes of all tasks at once would read the task off the latents.
-    """
-    values, used = defaultdict(list), defaultdict(list)
-    for probes, train_rows, held_out_rows in lam.tokens[0].data.probes_of_tasks():
-        train, held_out = encode(lam, train_rows), encode(lam, held_out_rows)
+def measure(lam: LAM, args: Args) -> dict[str, float | None]:
+    """Perplexities, and probes of latents and of their entries, a task at a time, mean over tasks."""
+    found, used = [], defaultdict(list)
+    for probes, *splits in lam.tokens[0].data.probes():
+        train, held_out = (encode(lam, rows) for rows in splits)
+        of_task = {}
         for name, book in lam.books.items():
             pairs = {name: (train[name], held_out[name])}
             pairs[f"{name}_quantised"] = tuple(book(z)[0] for z in pairs[name])
             for kind, pair in pairs.items():
                 measured = probes.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
-                for probe in PROBES:
-                    values[f"{kind}_{probe}"].append(measured[probe])
+                of_task |= {f"{kind}_{probe}": measured[probe] for probe in PROBES}
             used[name].append(shares(book.nearest(held_out[name]), args.codebook))
-    measured = {name: float(np.mean(found)) for name, found in values.items() if None not in found}
-    return measured | {f"{name}_perplexity": float(perplexity(sum(s) / len(s))) for name, s in used.items()}
+        found.append(of_task)
+    perplexities = {f"{name}_perplexity": float(perplexity(sum(s) / len(s))) for name, s in used.items()}
+    return mean_over_tasks(found) | perplexities
 
 
 def what_to_clone(lam: LAM, data: Dataset, args: Args) -> Tensor:

@@ -87,9 +87,10 @@ class TinyBackbone(nn.Module):
         tokens = [self.project(picture.flatten(2).transpose(1, 2)) for picture in pictures]
         return torch.cat([token + place for token, place in zip(tokens, self.place)], 1)
 
-    def forward(
-        self, frames: Tensor, task: Tensor, subtask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def sequence(
+        self, frames: Tensor, task: Tensor, subtask: Tensor | None
+    ) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        """All tokens (B, T, width); what they do not see (T, T); where the text begins; its words (B, L)."""
         instruction = self.instructions[task].clamp_min(0)
         read = self.words(instruction) + self.word_place[0, : instruction.shape[1]]
         parts = [self.see(frames), read, self.queries.expand(len(frames), -1, -1)]
@@ -100,13 +101,31 @@ class TinyBackbone(nn.Module):
             spoken = self.words(targets.clamp_min(0)[:, :-1])  # a word is predicted from those before it
             start = torch.zeros_like(spoken[:, :1])
             parts.append(torch.cat([start, spoken], 1) + self.word_place[1, :said])
-        x = torch.cat(parts, 1)
-        order = torch.cat([torch.zeros(before), torch.arange(1, said + 1)]).to(x.device)
-        states = self.blocks(x, mask=order[:, None] < order)  # True: hidden
+        order = torch.cat([torch.zeros(before), torch.arange(1, said + 1)]).to(frames.device)
+        return torch.cat(parts, 1), order[:, None] < order, before, targets  # True: hidden
+
+    def forward(
+        self, frames: Tensor, task: Tensor, subtask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tokens, hidden, before, targets = self.sequence(frames, task, subtask)
+        states = self.blocks(tokens, mask=hidden)
         queries = states[:, before - len(self.queries) : before]
         if subtask is None:
             return queries, None, None
         return queries, self.say(states[:, before:]), targets
+
+    def attention(self, frames: Tensor, task: Tensor, subtask: Tensor) -> Tensor:
+        """Attention of a text's last word over the first frame: last block, mean over heads. (B, s, s)"""
+        tokens, hidden, before, targets = self.sequence(frames, task, subtask)
+        *others, last = self.blocks.layers
+        for block in others:
+            tokens = block(tokens, src_mask=hidden)
+        tokens = last.norm1(tokens)
+        _, weights = last.self_attn(tokens, tokens, tokens, attn_mask=hidden)  # (B, T, T)
+        end = before + (targets >= 0).sum(1) - 1
+        patches = self.place.shape[1]
+        side = round(patches**0.5)
+        return weights[torch.arange(len(end)), end, :patches].reshape(-1, side, side)
 
 
 class VLMBackbone(nn.Module):

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -239,14 +239,14 @@ class Dataset:
         rows = np.sort(np.random.default_rng(0).permutation(self.train)[:SAMPLE])
         return change_statistics(self.target, rows, self.frame_gap)
 
-    def probes(self) -> tuple[Probes, np.ndarray, np.ndarray]:
-        """The probes, and the training and held-out transitions whose latents they take."""
-        return self.probes_of(self.train, self.held_out)
+    def probes(self) -> list[tuple[Probes, np.ndarray, np.ndarray]]:
+        """For each task: its probes, and the training and held-out transitions whose latents they take.
 
-    def probes_of_tasks(self) -> Iterator[tuple[Probes, np.ndarray, np.ndarray]]:
-        """The same for one task after the other."""
-        for task in range(len(self.tasks)):
-            yield self.probes_of(*(rows[self.task[rows] == task] for rows in (self.train, self.held_out)))
+        A task at a time, for probes of all of them at once would read the task off the latents.
+        """
+        splits = (self.train, self.held_out)
+        tasks = range(len(self.tasks))
+        return [self.probes_of(*(rows[self.task[rows] == task] for rows in splits)) for task in tasks]
 
     def probes_of(self, train: np.ndarray, held_out: np.ndarray) -> tuple[Probes, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(1)

@@ -365,6 +365,19 @@ def plot_preview(rows: list[dict], path: Path) -> Path | None:
 
 
 @plt.rc_context(AXES)
+def plot_attention(frames: np.ndarray, maps: np.ndarray, path: Path) -> Path:
+    """Frames (N, H, W, 3) uint8, above, and attention maps (N, s, s) on them, below."""
+    figure, axes = plt.subplots(2, len(frames), figsize=(1.6 * len(frames), 3.3), squeeze=False)
+    size = frames.shape[1]
+    for (above, below), frame, attention in zip(axes.T, frames, maps):
+        above.imshow(frame)
+        below.imshow(frame, alpha=0.4)
+        below.imshow(attention, extent=(0, size, size, 0), alpha=0.6, cmap="magma", interpolation="nearest")
+        above.axis("off")
+        below.axis("off")
+    return save_figure(figure, path)
+
+
 def plot_study(panels: list[dict], path: Path, columns: int = 4) -> Path:
     """Panels, row by row: {"title", "xlabel", "vline" (x or None), "lines", "dots", "crosses", "errorbars"}.
 

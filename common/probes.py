@@ -6,6 +6,7 @@ All are fitted on training transitions and measured on held-out episodes. z: flo
 from __future__ import annotations
 
 import numpy as np
+import scipy.ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,6 +86,17 @@ class Probes:
         return result
 
 
+def mean_over_tasks(measured: list[dict]) -> dict[str, float | list | None]:
+    """What was measured on each task, its mean: None where a task has none; lists entry by entry."""
+
+    def mean(values: tuple) -> float | list | None:
+        if isinstance(values[0], list):
+            return [mean(entries) for entries in zip(*values)]
+        return None if None in values else float(np.mean(values))
+
+    return {name: mean(tuple(found[name] for found in measured)) for name in measured[0]}
+
+
 class LeakProbe:
     """Share of the background's next change that z explains beyond what o_t explains (partial R^2).
 
@@ -116,3 +128,18 @@ def background_change(now: Tensor, after: Tensor, background: Tensor) -> tuple[n
     change = F.adaptive_avg_pool2d((after - now) * background, GRID) / area.clamp_min(1e-6) * (area > 0.25)
     now = F.adaptive_avg_pool2d(now, GRID)
     return now.flatten(1).double().cpu().numpy(), change.flatten(1).double().cpu().numpy()
+
+
+def spatial_entropy(maps: np.ndarray) -> float:
+    """How scattered attention maps (N, H, W) are, mean over maps: 0 if all of it is in one place.
+
+    What lies above a map's mean, in 8-connected components: the entropy of their areas, in nats (LatBot,
+    equation 7).
+    """
+    entropies = []
+    for attention in maps:
+        places, count = scipy.ndimage.label(attention > attention.mean(), np.ones((3, 3)))
+        areas = np.bincount(places.ravel(), minlength=count + 1)[1:]
+        shares = areas / areas.sum()
+        entropies.append(-(shares * np.log(shares)).sum())
+    return float(np.mean(entropies))

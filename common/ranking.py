@@ -8,7 +8,7 @@ import numpy as np
 
 from common import fail
 from common.dataset import Column, Dataset, find_embeddings
-from common.probes import Ridge
+from common.probes import Ridge, mean_over_tasks
 
 GRID = 16  # the linear encoder sees frames as GRID x GRID squares
 
@@ -25,7 +25,8 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
     for array, loss in {"clean": "target `clean`", "segments": "leak"}.items():
         if array not in data.meta["arrays"]:
             print(f"{data.root} has no {array}: ranked without {loss}")
-    probes, train, held_out = data.probes()
+    tasks = data.probes()
+    train, held_out = (np.concatenate(rows) for rows in list(zip(*tasks))[1:])
     view_train, view_test = view(data, train), view(data, held_out)
     penalty = 0.1 * len(view_train) * view_train.var(0).mean()
     gram = view_train.T @ view_train + penalty * np.eye(view_train.shape[1])
@@ -38,7 +39,11 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
         changes = {"change": after - now - (after - now).mean(0), "innovation": innovation(now, after)}
         for variant, change in changes.items():
             weights = linear_encoder(change, view_train, gram, latent_dim)
-            measured = probes.measure(view_train @ weights, view_test @ weights)
+            measured = []
+            for probes, train_rows, held_out_rows in tasks:
+                here, there = np.isin(train, train_rows), np.isin(held_out, held_out_rows)
+                measured.append(probes.measure(view_train[here] @ weights, view_test[there] @ weights))
+            measured = mean_over_tasks(measured)
             row[f"{variant}_nmse"] = measured["action_probe_nmse"]
             row[f"{variant}_leak"] = measured["leak_probe_r2"]
         row["seconds"] = time.time() - begun

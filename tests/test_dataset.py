@@ -8,7 +8,7 @@ import torch
 from made_up import ARRAYS, EPISODES, GAP, LENGTH, SIZE, TASKS, make_data
 
 from common.dataset import Column, Dataset
-from common.probes import LeakProbe, Ridge, action_probe, r2_score, state_probe
+from common.probes import LeakProbe, Ridge, action_probe, mean_over_tasks, r2_score, state_probe
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,10 @@ def long_data(tmp_path_factory) -> Dataset:
 
 def measure(data: Dataset, latent) -> dict:
     """The probes of latents given as a function of rows."""
-    probes, train, held_out = data.probes()
-    return probes.measure(latent(train).astype(float), latent(held_out).astype(float))
+    tasks = data.probes()
+    return mean_over_tasks(
+        [probes.measure(*(latent(r).astype(float) for r in rows)) for probes, *rows in tasks]
+    )
 
 
 def test_probes_of_true_actions(long_data):
@@ -212,8 +214,18 @@ def test_probes_of_the_change_of_state(long_data):
 
 
 def test_probes_are_fitted_on_training_rows_and_measured_on_held_out_ones(long_data):
-    _, train, held_out = long_data.probes()
-    assert set(train) <= set(long_data.train) and set(held_out) == set(long_data.held_out)
+    for task, (_, train, held_out) in enumerate(long_data.probes()):
+        for rows, split in ((train, long_data.train), (held_out, long_data.held_out)):
+            assert set(rows) == set(split[long_data.task[split] == task])
+
+
+def test_probes_do_not_read_the_task_off_the_latents(long_data, monkeypatch):
+    """Actions that differ from task to task, and latents that hold the task alone."""
+    mean_action = Dataset.mean_action
+    monkeypatch.setattr(
+        Dataset, "mean_action", lambda *args: mean_action(*args) + 9 * args[0].task[args[1], None]
+    )
+    assert measure(long_data, lambda rows: np.eye(2)[long_data.task[rows]])["action_probe_nmse"] > 0.95
 
 
 def test_what_a_data_set_lacks_is_not_probed(tmp_path):

@@ -13,6 +13,7 @@ from made_up import SIZE, make_data
 import latbot
 from common import runs
 from common.backbones import VLMBackbone
+from common.probes import spatial_entropy
 from common.tasks import language_motion
 
 SMALL = "--motion-dim 3 --scene-dim 5 --frames 3 --span 4 --tokens 2 --width 16 --heads 2 --blocks 1"
@@ -116,6 +117,41 @@ def test_text_is_causal_and_nothing_else_sees_it(new_run):
     assert text[-1] == 0, "a text ends with <end>"
 
 
+def test_attention_is_that_of_the_last_word(new_run):
+    """Against its definition, by hand, for a backbone of one block."""
+    _, windows, args = new_run()
+    torch.manual_seed(0)
+    student = latbot.Student(windows.domain, args).eval()
+    rows = windows.said[:3]
+    words = windows.task(rows), windows.subtask_of(rows)
+    maps = student.backbone.attention(windows.data.frame(rows)[:, None], *words)
+    assert maps.shape == (3, SIZE // 4, SIZE // 4)  # stem 2 and one more block of stride 2
+    tokens, hidden, before, targets = student.backbone.sequence(windows.data.frame(rows)[:, None], *words)
+    (block,) = student.backbone.blocks.layers
+    tokens = block.norm1(tokens)
+    query, key, _ = (tokens @ block.self_attn.in_proj_weight.T + block.self_attn.in_proj_bias).chunk(3, 2)
+    for row in range(3):
+        end = before + int((targets[row] >= 0).sum()) - 1
+        weights = []
+        for of_head in np.split(np.arange(16), 2):
+            scores = key[row, :, of_head] @ query[row, end, of_head] / 8**0.5
+            weights.append(scores.masked_fill(hidden[end], -torch.inf).softmax(0))
+        expected = torch.stack(weights).mean(0)[: maps[row].numel()]
+        assert torch.allclose(maps[row].flatten(), expected, atol=1e-5)
+
+
+def test_spatial_entropy_counts_places():
+    """One place: 0. Two of the same area: log 2; corners touch; of areas 1 and 3: their entropy."""
+    one, two, corner, unequal = np.zeros((4, 6, 6))
+    one[1:3, 1:3] = 1
+    two[0, 0] = two[5, 5] = 1
+    corner[0, 0] = corner[1, 1] = 1
+    unequal[0, :3] = unequal[4, 4] = 1
+    for attention, expected in ((one, 0), (two, np.log(2)), (corner, 0), (unequal, 0.5623351)):
+        assert spatial_entropy(attention[None]) == pytest.approx(expected)
+    assert spatial_entropy(np.stack([one, two])) == pytest.approx(np.log(2) / 2)
+
+
 def test_the_teacher_sees_every_frame_and_the_instruction(new_run):
     _, windows, args = new_run()
     teacher = latbot.Teacher(windows, args).eval()
@@ -208,12 +244,11 @@ def test_each_stage_can_learn_a_batch_by_heart(new_run):
         "--teacher-updates 300 --student-updates 300 --expert-updates 300 --max-shift 0 --lr 3e-3 --width 32"
     )
     run, windows, args = new_run(*flags.split(), "--student", "trains", "--width", 32)
-    of_task = [rows[:2] for _, rows, _ in windows.data.probes_of_tasks()]
+    of_task = [rows[:2] for _, rows, _ in windows.data.probes()]
     windows.data.train = np.concatenate(of_task)
     windows.whole = windows.said = windows.whole[:3]
     windows.labelled = windows.labelled[:3]
-    teacher = latbot.train_teacher(run, windows, args)
-    student = latbot.train_student(run, windows, args, teacher)
+    student = latbot.train_student(run, windows, args, latbot.train_teacher(run, windows, args))
     latbot.train_expert(run, windows, args, student)
     for stage, name, factor in [
         ("teacher", "target_loss", 0.1),
@@ -227,12 +262,15 @@ def test_each_stage_can_learn_a_batch_by_heart(new_run):
 
 
 def test_frozen_means_frozen(new_run):
-    """Distillation does not move the teacher, nor the expert a frozen student; it does one that trains."""
+    """Distillation does not move the teacher's latents, nor the expert a frozen student; it does one that
+    trains."""
     run, windows, args = new_run()
-    teacher = latbot.train_teacher(run, windows, args)
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    student = latbot.train_student(run, windows, args, teacher)
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    latents = latbot.train_teacher(run, windows, args)
+    assert latents.shape == (len(windows.data.transitions), 8) and not latents.requires_grad
+    before = latents.clone()
+    student = latbot.train_student(run, windows, args, latents)
+    assert torch.equal(latents, before)
+    assert torch.equal(latbot.train_teacher(run, windows, args), before), "the finished stage makes the same"
     before = {name: value.clone() for name, value in student.state_dict().items()}
     latbot.train_expert(run, windows, args, student)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -247,6 +285,7 @@ ROWS = {
     "--action-weight 0": "split",
     "--latents undivided": "actions",
     "--latents none": "no-latents",
+    "--latents none --text none": "no-latents-text-none",
     "--target embedding --encoder made_up": "latbot-made-up-L0-all",
     "--text all": "latbot-text-all",
     "--text none --fdm-sees z": "latbot-z-text-none",
@@ -259,11 +298,13 @@ def test_from_end_to_end(made_up, tmp_path, flags):
     assert (tmp_path / "run/latents.parquet").exists() == ("--latents none" not in flags)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["variant"].startswith(ROWS[flags].split("-L0")[0]) and summary["script"] == "latbot"
-    probed = {"undivided": "latent", "actions": "latent", "no-latents": None}.get(ROWS[flags], "motion")
-    if probed is not None:
-        assert np.isfinite(summary[f"{probed}_leak_probe_r2"])
+    if "--latents none" not in flags:
+        probed = {"undivided": "latent", "actions": "latent"}.get(ROWS[flags], "motion")
+        assert np.isfinite(summary[f"{probed}_leak_probe_r2"]) and summary["latents_r2"] < 1
         assert summary["action_probe_nmse"] == summary[f"{probed}_action_probe_nmse"]
-        assert ("text_accuracy" in summary) == ("none" not in flags) and summary["latents_r2"] < 1
+    measured = {"text_accuracy", "text_loss", "attention_entropy", "attention_on_robot"} & set(summary)
+    assert len(measured) == (0 if "--text none" in flags else 4)
+    assert (tmp_path / "run/attention.png").exists() == ("--text none" not in flags)
     policy = latbot.load_policy(tmp_path / "run")
     frames = np.random.default_rng(0).integers(0, 256, (2, 1, SIZE, SIZE, 3), np.uint8)
     keys = [[0, 1, 2, 3], [0, 1, 3, 3]]
@@ -276,8 +317,8 @@ def test_from_end_to_end(made_up, tmp_path, flags):
 
 def test_golden_step(new_run):
     run, windows, args = new_run("--teacher-updates", 2, "--student-updates", 2, "--expert-updates", 2)
-    teacher = latbot.train_teacher(run, windows, args)
-    latbot.train_expert(run, windows, args, latbot.train_student(run, windows, args, teacher))
+    latents = latbot.train_teacher(run, windows, args)
+    latbot.train_expert(run, windows, args, latbot.train_student(run, windows, args, latents))
     losses = {stage: [row["loss"] for row in rows_of(run.folder, stage)] for stage in GOLDEN}
     for stage, values in GOLDEN.items():
         assert losses[stage] == pytest.approx(values, abs=1e-4), losses

@@ -15,7 +15,6 @@ from torch import nn
 import univla
 from common import codebook, runs
 from common.codebook import Codebook, perplexity, shares
-from common.dataset import Dataset
 from common.tokens import DINO, Tokens, text_states
 
 SMALL = "--codes 2 --codebook 4 --code-dim 6 --width 16 --heads 2 --blocks 1 1 --lam-batch 8 --batch-size 8"
@@ -199,7 +198,7 @@ def test_one_batch_can_be_learnt_by_heart(new_run):
     run, tokens, args = new_run(
         "--lam-updates", 300, "--lam-lr", 3e-3, "--codebook", 16, "--width", 32, "--lam-batch", 16
     )
-    of_task = [rows[:2] for _, rows, _ in tokens.data.probes_of_tasks()]
+    of_task = [rows[:2] for _, rows, _ in tokens.data.probes()]
     tokens.data.train = np.concatenate(of_task)
     univla.train_lam(run, tokens, args, univla.train_lam(run, tokens, args))
     for stage in ("ti", "tc"):
@@ -287,18 +286,6 @@ def test_from_end_to_end(made_up, tmp_path, flags):
     univla.main(parse(made_up, tmp_path / "run", *flags.split()))  # finished already
     with pytest.raises(SystemExit, match="other arguments"):
         univla.main(parse(made_up, tmp_path / "run", *flags.split(), "--codes", 3))
-
-
-def test_probes_are_of_one_task_at_a_time(new_run):
-    """Latents that hold the task and nothing else say nothing of actions that differ by task alone."""
-    _, tokens, _ = new_run()
-    data = tokens.data
-    found = list(data.probes_of_tasks())
-    assert len(found) == 2
-    for task, (_, train_rows, held_out_rows) in enumerate(found):
-        assert (data.task[train_rows] == task).all() and (data.task[held_out_rows] == task).all()
-        alone = Dataset(str(data.root), (TASKS[task],), frame_gap=data.frame_gap)
-        assert len(alone.train) == len(train_rows) and len(alone.held_out) == len(held_out_rows)
 
 
 def test_a_collapsed_codebook_is_said(new_run, capsys):
