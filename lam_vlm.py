@@ -93,6 +93,8 @@ class Args:
     """randomly shifted copies of each labelled frame that the decoder is trained on"""
     probe_fraction: float = 0.2
     """fraction of a task's episodes, the last ones, that no stage trains on: the probes are measured there"""
+    train_episodes: int = 0
+    """train on the first so many episodes of a task alone; 0: on all but those"""
     device: str = "auto"
     """cuda, cpu, or auto"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -485,7 +487,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "max_shift", "res_blocks", "seed", "supervision")
+    at_least(0, args, "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
     at_least(1, args, "latent_dim", "frame_gap", "idm_horizon", "frame_stack", "stem", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts")
     if not 0 < args.probe_fraction < 1:
@@ -507,7 +509,7 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
     args.dtype = str(dtype).removeprefix("torch.")
     target = args.target if args.method == "lapo" else "pixels"
     window = {"frame_gap": args.frame_gap, "frame_stack": args.frame_stack}
-    split = {"probe_fraction": args.probe_fraction, "seed": args.seed}
+    split = {name: getattr(args, name) for name in ("probe_fraction", "seed", "train_episodes")}
     data = Dataset(args.data, args.tasks, target, args.encoder, **window, **split, device=device)
     if data.action_dim is not None:
         for budget in args.labelled_episodes:

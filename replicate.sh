@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every command behind every table and figure. A scale is a few loops below, and a `train` in them is one run.
-#   bash replicate.sh near | main | ablations | encoders | screen | mt10 | paper
+#   bash replicate.sh near | main | univla | latbot | motion | ablations | views | encoders | screen | mt10 | paper
 #   bash replicate.sh main --list     prints the commands instead, one a line
 # A run is trained and rolled out; its small files are then kept in results/SCALE/runs/NAME. A run that has them
 # is skipped, on another machine too: delete them to run it again. What was cut off goes on. JOBS=4: runs at a time,
@@ -16,7 +16,7 @@ collect() { # FLAGS: makes a data set, or adds embeddings to one
 }
 embed() { for id in ${ENCODERS:-}; do collect --encoder "$id" ${ENCODER_FLAGS:-} "$@"; done; }
 named() { basename "$1" | tr -cs 'A-Za-z0-9.\n' '-'; } # as the embeddings of a hub id are
-script=lam_vlm.py
+script=lam_vlm.py evaluate="eval.py --media 0"
 train() { # NAME FLAGS: a run of $script in runs/SCALE/NAME
   runs+=("$script $*")
   [[ ! $list ]] || echo python $script $preset "${@:2}" --out "runs/$scale/$1"
@@ -25,7 +25,7 @@ one_run() { # SCRIPT NAME FLAGS: trains, rolls out, keeps the scores; what it pr
   local script=$1 name=$2 run=runs/$scale/$2 kept=results/$scale/runs/$2 && shift 2
   [[ ! -e $kept/summary.json ]] || return 0
   if ! { python $script $preset "$@" --out "$run" &&
-    python eval.py $preset --runs "$run" --workers 1 --media 0 --out "$run/results"; } > "$run.log" 2>&1; then
+    python $evaluate --runs "$run" --workers 1 --out "$run/results"; } > "$run.log" 2>&1; then
     echo "FAILED: $name: $(tail -n 1 "$run.log")" >&2 && return 1
   fi
   mkdir -p "$kept"
@@ -34,13 +34,19 @@ one_run() { # SCRIPT NAME FLAGS: trains, rolls out, keeps the scores; what it pr
   echo "[$(ls "results/$scale/runs" | wc -l)/$total, $((($(date +%s) - begun) / 60)) min] $name"
 }
 
+far_data() { # the data of main, also of univla and latbot
+  collect --tasks $six $far --prompt best blind --out data/main
+  collect --tasks $six $far --videos none --encoder none --out data/main-clean
+}
+
+far="--camera-distance 0.6 --size 96"
 tasks="door-open drawer-open drawer-close" six="$tasks button-press-topdown window-open window-close"
 case $scale in
 near | main | paper) # every method: three tasks and 64 px; six, 96 px, the camera 0.6 m farther away; all of MT10
   view="" budgets="2 4 8" data=data/$scale
-  if [[ $scale == main ]]; then tasks=$six view="--camera-distance 0.6 --size 96"; fi
+  if [[ $scale == main ]]; then tasks=$six view=$far; fi
   if [[ $scale == paper ]]; then
-    preset=paper budgets="16 32" tasks="$six reach push pick-place peg-insert-side"
+    preset=paper evaluate="eval.py paper --media 0" budgets="16 32" tasks="$six reach push pick-place peg-insert-side"
     ENCODERS=${ENCODERS-allenai/Molmo-7B-D-0924} ENCODER_FLAGS=${ENCODER_FLAGS---trust-remote-code}
   fi
   collect --tasks $tasks $view --prompt best blind --out $data
@@ -59,6 +65,61 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
     train masklam_$run --data $data $on $budgets --target masked
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
+univla) # one model of the six tasks of main, of each method; 20 test episodes a task
+  far_data && evaluate+=" --episodes 20"
+  for seed in $seeds; do
+    on="--data data/main --seed $seed --lam-updates 3000 --bc-updates 3000 --labelled-episodes"
+    script=univla.py
+    train univla_s$seed $on 2 4 8
+    train univla-z_s$seed $on 2 4 8 --fdm-sees z
+    train univla-no-language_s$seed $on 2 4 8 --text none
+    train univla-ti_s$seed $on 2 4 8 --cloned ti
+    script=lam_vlm.py
+    train lapo-oracle-pooled_s$seed $on 2 4 8 --variant lapo-oracle-pooled
+    train lapo-pooled_s$seed $on 2 4 8 --target pixels --variant lapo-pooled
+    for few in 2 4 8; do train bc-few-pooled-${few}_s$seed $on $few --method bc --variant bc-few-pooled; done
+  done
+  on="--data data/main-clean --seed 0 --lam-updates 3000 --bc-updates 3000 --labelled-episodes 2 4 8"
+  train lapo-pooled-clean-data_s0 $on --target pixels --variant lapo-pooled-clean-data
+  script=univla.py
+  train univla-clean-data_s0 $on ;;
+latbot) # the same tasks; its labels train all stages, so that each budget is a run
+  far_data && evaluate+=" --episodes 20" script=latbot.py
+  for seed in $seeds; do for budget in 2 8; do for clean in "" -clean; do
+    [[ ! $clean || $seed == 0 ]] || continue
+    on="--data data/main$clean --seed $seed --labelled-episodes $budget" run=$clean-${budget}_s$seed
+    train no-latents$run $on --latents none
+    train undivided$run $on --latents undivided --action-weight 0
+    train split$run $on --action-weight 0
+    train actions$run $on --latents undivided
+    train latbot$run $on
+    [[ $clean ]] || train latbot-oracle$run $on --target embedding
+    train latbot-text-all$run $on --text all
+  done; done; done ;;
+motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
+  collect --out data/motion
+  script=latbot.py
+  for seed in ${SEEDS:-0 1}; do for budget in all 8; do
+    on="--data data/motion --seed $seed --labelled-episodes $budget --stages teacher" run=-${budget}_s$seed
+    for dim in 2 4 8 16 32; do
+      train motion$dim$run $on --motion-dim $dim --variant motion$dim
+      train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim # d_mot = d_sce
+      half="--motion-dim $((dim / 2)) --scene-dim $((dim / 2))"
+      train undivided$dim$run $on --latents undivided $half --variant undivided$dim
+    done
+    for weight in 0 0.1 10; do train weight$weight$run $on --action-weight $weight --variant weight$weight; done
+  done; done ;;
+views) # what the FDM may see (DETAIL 4), probes alone; 512 and 64 episodes with the same held-out ones
+  for noise in 0 0.3; do
+    collect --tasks drawer-open door-open --episodes-per-task 640 --noise $noise --out data/views$noise
+    for task in ${TASKS:-drawer-open door-open}; do for episodes in 64 512; do for gap in 1 4; do
+      on="--data data/views$noise --tasks $task --train-episodes $episodes --frame-gap $gap --stages lam"
+      for sees in z target frame; do for target in embedding clean; do
+        run=$target-$sees-$episodes-noise$noise-gap$gap
+        train ${run}_$task $on --fdm-sees $sees --target $target --lam-updates 2000 --variant $run
+      done; done
+    done; done; done
+  done ;;
 ablations) # one-flag variants on drawer-open
   data=data/near
   collect --tasks $tasks --prompt best positive arm object blind --out $data
@@ -128,21 +189,20 @@ screen) # which tasks bc-all solves at the scale of near
     train bc-all_$task --data data/screen --tasks $task --method bc --labelled-episodes all
   done ;;
 mt10) # a first guess, from three tasks with one seed
-  tasks="$six reach push pick-place peg-insert-side" view="--camera-distance 0.6 --size 96"
-  collect --tasks $tasks $view --episodes-per-task 400 --max-steps 500 --encoder none --out data/mt10
+  tasks="$six reach push pick-place peg-insert-side"
+  collect --tasks $tasks $far --episodes-per-task 400 --max-steps 500 --encoder none --out data/mt10
   for seed in $seeds; do for task in ${TASKS:-$tasks}; do
     on="--data data/mt10 --tasks $task --seed $seed"
     train bc-all_${task}_s$seed $on --method bc --labelled-episodes all --bc-updates 5000
   done; done ;;
-*) echo "replicate.sh: unknown scale '$scale'; near, main, ablations, encoders, screen, mt10, paper" >&2 && exit 1 ;;
+*) echo "replicate.sh: unknown scale '$scale'; see its head" >&2 && exit 1 ;;
 esac
 
-evaluate="python eval.py $preset --media 0 --out results/$scale --runs results/$scale/runs/*"
-if [[ $list ]]; then echo "$evaluate" && exit; fi
+if [[ $list ]]; then echo "python $evaluate --out results/$scale --runs results/$scale/runs/*" && exit; fi
 jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
 ((jobs == 1)) || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
 mkdir -p "runs/$scale"
-export scale preset total=${#runs[@]} begun=$(date +%s) && export -f one_run
+export scale preset evaluate total=${#runs[@]} begun=$(date +%s) && export -f one_run
 printf '%s\n' "${runs[@]}" | xargs -P "$jobs" -L 1 bash -c 'one_run "$@"' _ ||
   { echo "replicate.sh: some runs failed, see above; the same line goes on" >&2 && exit 1; }
-$evaluate
+python $evaluate --out "results/$scale" --runs "results/$scale"/runs/*

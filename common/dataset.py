@@ -72,6 +72,7 @@ class Dataset:
         frame_stack: int = 1,
         probe_fraction: float = 0.2,
         seed: int = 0,
+        train_episodes: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.root = Path(root)
@@ -95,7 +96,7 @@ class Dataset:
         self.device = torch.device(device)
         self.shards = [shard for shard in self.meta["shards"] if shard["task"] in self.tasks]
         self.open_columns(encoder)
-        self.split(probe_fraction, seed)
+        self.split(probe_fraction, seed, train_episodes)
 
     def open_columns(self, encoder: str) -> None:
         """Memory-maps the arrays, copies them to a GPU if they fit there, and hashes what they hold."""
@@ -131,7 +132,7 @@ class Dataset:
             for name, column in self.columns.items():
                 self.resident[name] = torch.from_numpy(column.whole()).to(self.device)
 
-    def split(self, probe_fraction: float, seed: int) -> None:
+    def split(self, probe_fraction: float, seed: int, train_episodes: int) -> None:
         """Episodes to train on, held-out ones, and the order in which episodes are labelled (DETAIL 9)."""
         frames = [shard["frames"] for shard in self.shards]
         tasks = [self.tasks.index(shard["task"]) for shard in self.shards]
@@ -144,6 +145,7 @@ class Dataset:
         self.last = self.first + np.repeat(length - 1, length)
 
         self.n_train, self.n_held_out, self.label_order = [], [], []  # by task
+        first_held_out = []
         for index, task in enumerate(self.tasks):
             episodes = int(self.episode[self.task == index].max()) + 1
             if episodes < 2:
@@ -151,14 +153,19 @@ class Dataset:
                     f"{self.root} has {episodes} episode of {task}; at least 2 are needed, one for the probes"
                 )
             held_out = held_out_episodes(episodes, probe_fraction)
+            train = episodes - held_out
+            if train_episodes > train:
+                fail(f"--train-episodes {train_episodes} are more than the {train} of {task} in {self.root}")
+            first_held_out.append(train)
+            self.n_train.append(train_episodes or train)
             self.n_held_out.append(held_out)
-            self.n_train.append(episodes - held_out)
-            self.label_order.append(np.random.default_rng([seed, 7]).permutation(episodes - held_out))
+            self.label_order.append(np.random.default_rng([seed, 7]).permutation(self.n_train[-1]))
         trains = self.episode < np.array(self.n_train)[self.task]
+        held_out = self.episode >= np.array(first_held_out)[self.task]
         moves = np.arange(len(self.episode)) + self.frame_gap <= self.last
         self.transitions = np.flatnonzero(moves)
         self.train = np.flatnonzero(moves & trains)
-        self.held_out = np.flatnonzero(moves & ~trains)
+        self.held_out = np.flatnonzero(moves & held_out)
         for index, task in enumerate(self.tasks):
             for rows in (self.train, self.held_out):
                 if not (self.task[rows] == index).any():

@@ -41,6 +41,15 @@ def test_transitions_stay_within_an_episode_and_splits_apart(made_up):
     assert len(used) == len(set(used)) == transitions, "every transition once"
 
 
+def test_fewer_episodes_to_train_on_leave_the_held_out_ones(made_up):
+    whole, part = open_data(made_up), open_data(made_up, train_episodes=2)
+    assert np.array_equal(part.held_out, whole.held_out)
+    assert set(stored_in(part.observe(part.train))[:, 1]) == {0, 1}
+    assert set(part.labelled("all")) <= set(whole.labelled("all")) and len(part.labelled("2")) > 0
+    with pytest.raises(SystemExit, match="--train-episodes 5 are more than the 4 of"):
+        open_data(made_up, train_episodes=EPISODES)
+
+
 def test_an_observation_never_reaches_over_its_episodes_start(made_up):
     data = open_data(made_up, frame_stack=3)
     rows = np.arange(len(data.columns["frames"]))
@@ -78,7 +87,7 @@ def test_tasks_of_different_numbers_of_episodes_are_each_split(tmp_path):
     ]
     data.meta["shards"], data.shards = keep, keep
     data.open_columns("")
-    data.split(0.25, 0)
+    data.split(0.25, 0, 0)
     assert data.n_train == [6, 3] and data.n_held_out == [2, 1]
     held_out = {tuple(pixel[:2]) for pixel in stored_in(data.observe(data.held_out))}
     assert held_out == {(0, 6), (0, 7), (1, 3)}
