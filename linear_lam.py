@@ -78,6 +78,10 @@ class Args:
     """folder of a data set with actions: rank its cached embeddings, and compare with trained runs"""
     frame_gap: tuple[int, ...] = (1,)
     """with --data: steps between the two frames of a transition; each target is ranked at each of them"""
+    tasks: tuple[str, ...] = ()
+    """with --data: tasks of the data set, one linear model for all of them; none given: all"""
+    train_episodes: int = 0
+    """with --data: fit on the first so many episodes of a task alone; 0: on all but the held-out ones"""
     quick: bool = False
     """the study with 20 updates a training, one restart and two seeds: to see that it runs"""
     out: str = ""
@@ -298,9 +302,9 @@ def bridge(args: Args, folder: Path) -> None:
         fail(f"no data set in {args.data}; make it: python collect.py --out {args.data}")
     rows = []
     for gap in args.frame_gap:
-        data = Dataset(args.data, frame_gap=gap)
+        data = Dataset(args.data, args.tasks, frame_gap=gap, train_episodes=args.train_episodes)
         rows += rank_targets(data, lam_vlm.QUICK.latent_dim)
-    trained = trained_lams(data)
+    trained = trained_lams(data, args.train_episodes)
     for row in rows:
         seeds = trained.get((row["target"], row["frame_gap"]), [])
         if len(args.frame_gap) > 1:
@@ -320,10 +324,10 @@ def bridge(args: Args, folder: Path) -> None:
     compare(rows, folder / "bridge.png")
 
 
-def trained_lams(data: Dataset) -> dict[tuple[str, int], list[tuple[float, float | None]]]:
+def trained_lams(data: Dataset, train_episodes: int) -> dict[tuple, list[tuple[float, float | None]]]:
     """{(target, frame gap): (action_probe_nmse, leak_probe_r2) of each finished stage 1} of default runs.
 
-    Default: on all tasks of this data set, with the settings that stage 1 has in lam_vlm.py.
+    Default: on the same tasks and episodes of this data set, stage 1 with the settings that it has there.
     """
     names = ["method", "fdm_sees", "latent_dim", "supervision", "idm_horizon", "frame_stack", "widths"]
     names += ["res_blocks", "stem", "fdm_hidden", "lam_updates", "batch_size", "lr", "weight_decay"]
@@ -333,6 +337,8 @@ def trained_lams(data: Dataset) -> dict[tuple[str, int], list[tuple[float, float
     for path in sorted(Path("runs").glob("*/summary.json")):
         summary, args = read_json(path), read_json(path.with_name("args.json"))
         if Path(args["data"]) != data.root or tuple(args["tasks"]) != data.tasks:
+            continue
+        if args.get("train_episodes", 0) != train_episodes:
             continue
         if "lam" not in summary["stages"] or any(args.get(name) != quick[name] for name in names):
             continue
