@@ -40,6 +40,7 @@ from common.results import (
     csv_text,
     film_path,
     find_runs,
+    read_bridge,
     read_rollouts,
     row_key,
     save_film,
@@ -356,7 +357,7 @@ def plot_results(
         (out / f"{name}.png").unlink(missing_ok=True)
     figures.plot_success(table, out / "success.png")
     figures.plot_leak(table, runs, scores, out / "leak_vs_success.png")
-    figures.plot_tolerance(table, runs, out / "tolerance.png")
+    figures.plot_tolerance(table, runs, read_bridge(out), out / "tolerance.png")
     figures.plot_strip(strips, FILM_STRIDE, out / "strip.png")
     figures.plot_probes(runs, out / "probes.png")
     figures.plot_success(error_table, out / "errors.png", "action NMSE (lower is better)")

@@ -10,10 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 scale=${1:-none} list=${2:-} preset="" seeds=${SEEDS:-0 1 2} runs=()
 
-collect() { # FLAGS: makes a data set, or adds embeddings to one
-  echo python collect.py $preset "$@"
-  [[ $list ]] || python collect.py $preset "$@"
-}
+run_now() { echo python "$@" && { [[ $list ]] || python "$@"; }; }
+collect() { run_now collect.py $preset "$@"; } # FLAGS: makes a data set, or adds embeddings to one
 embed() { for id in ${ENCODERS:-}; do collect --encoder "$id" ${ENCODER_FLAGS:-} "$@"; done; }
 named() { basename "$1" | tr -cs 'A-Za-z0-9.\n' '-'; } # as the embeddings of a hub id are
 script=lam_vlm.py evaluate="eval.py --media 0"
@@ -170,6 +168,7 @@ encoders) # targets by the probes of stage 1, and what they must deliver
   done
   keys+=" $(echo random{_noprompt,-blank_best}_L-{1,7}_{cls,mean})"
   for id in oracle ${ENCODERS:-}; do for prompt in $prompts; do keys+=" $(named $id)_$prompt"; done; done
+  run_now linear_lam.py --data $data --out results/encoders
   for seed in ${SEEDS:-0 1}; do
     on="--data $data --seed $seed --stages lam --lam-updates 400 --variant"
     for target in pixels clean masked; do train ${target}_s$seed $on $target --target $target; done
@@ -181,7 +180,7 @@ encoders) # targets by the probes of stage 1, and what they must deliver
     for gap in 2 4; do for key in oracle oracle-tremble1 oracle-tremble4; do
       train $key-gap${gap}_s$seed $on --encoder ${key}_best --frame-gap $gap --variant $key-gap$gap
     done; done
-    for key in random_noprompt random-blank_best; do train lapo-${key}_s$seed $on --encoder ${key}_L-1_mean; done
+    for key in random_noprompt random-blank_best; do train lapo-${key}_s$seed $on --encoder ${key}_L-7_mean; done
   done ;;
 screen) # which tasks bc-all solves at the scale of near
   collect --tasks $six reach push pick-place --encoder none --out data/screen # peg-insert-side takes > 150 steps

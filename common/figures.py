@@ -175,8 +175,11 @@ def target_levels(runs: list[dict], field: str) -> dict[str, float]:
 
 
 @plt.rc_context(STYLE)
-def plot_tolerance(table: list[dict], runs: list[dict], path: Path) -> Path | None:
-    """What a target must deliver: success and probes against each of LEVELS, a row a level."""
+def plot_tolerance(table: list[dict], runs: list[dict], linear: dict[str, dict], path: Path) -> Path | None:
+    """What a target must deliver: success and probes against each of LEVELS, a row a level.
+
+    linear: rows of linear_lam.py's bridge.csv by target, drawn beside the trained ones.
+    """
     methods = {entry["method"] for entry in table}
     mine = [run for run in runs if run["variant"] in methods]
     levels = {}
@@ -190,7 +193,7 @@ def plot_tolerance(table: list[dict], runs: list[dict], path: Path) -> Path | No
     figure, panels = plt.subplots(len(levels), 2, figsize=size, layout="constrained", squeeze=False)
     for (field, level_of), (left, right) in zip(levels.items(), panels):
         draw_success_of_levels(left, table, level_of)
-        draw_probes_of_levels(right, runs, level_of)
+        draw_probes_of_levels(right, runs, level_of, linear)
         ticks = sorted(set(level_of.values()))
         for axes in (left, right):  # the levels span decades: evenly spaced
             axes.set_xticks(range(len(ticks)), [f"{level:g}" for level in ticks])
@@ -216,11 +219,23 @@ def draw_success_of_levels(axes: plt.Axes, table: list[dict], level_of: dict[str
     axes.set_ylabel("success, IQM with 95 % CI")
 
 
-def draw_probes_of_levels(axes: plt.Axes, runs: list[dict], level_of: dict[str, float]) -> None:
-    """Probes of each run as dots, their means as lines."""
+def draw_probes_of_levels(
+    axes: plt.Axes, runs: list[dict], level_of: dict[str, float], linear: dict[str, dict]
+) -> None:
+    """Probes of each run as dots, their means as lines; those of linear models, in closed form, dashed."""
     ticks = sorted(set(level_of.values()))
-    probes = {"action_probe_nmse": "action probe NMSE", "leak_probe_r2": "leak $R^2$"}
-    for index, (name, label) in enumerate(probes.items()):
+    targets = {}
+    for run in runs:
+        if run["variant"] in level_of and run["embedding"].get("key") in linear:
+            targets[ticks.index(level_of[run["variant"]])] = linear[run["embedding"]["key"]]
+    probes = {  # and their columns of bridge.csv
+        "action_probe_nmse": ("action probe NMSE", "change_nmse"),
+        "leak_probe_r2": ("leak $R^2$", "change_leak"),
+    }
+    for index, (name, (label, column)) in enumerate(probes.items()):
+        points = [(place, float(row[column])) for place, row in sorted(targets.items()) if row[column]]
+        if points:
+            axes.plot(*zip(*points), "--", color=COLOURS[index], label=f"{label}, linear closed form")
         by_place = defaultdict(list)
         for run in runs:
             if run["variant"] in level_of and run.get(name) is not None:

@@ -91,6 +91,15 @@ def choose_budgets(runs: list[dict], wanted: tuple[str, ...]) -> None:
         run["labelled_episodes"] = [budget for budget in run["labelled_episodes"] if budget in wanted]
 
 
+def read_bridge(out: Path) -> dict[str, dict]:
+    """{target: row} of the bridge.csv that linear_lam.py may have written there, gap 1."""
+    path = out / "bridge.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["target"]: row for row in csv.DictReader(file) if row["frame_gap"] == "1"}
+
+
 # ---------------------------------------------------------------------------------------- episodes
 
 

@@ -100,7 +100,7 @@ def test_tolerance_curve(drawn):
         rows += make_scores(run["variant"], ("2",), 0.0)
     runs += [run | {"action_probe_nmse": 1.0, "leak_probe_r2": 1.0} for run in others]
     assert figures.target_levels(runs, "background_kept") == {"first": 0.5, "second": 0.0, "third": 0.05}
-    figures.plot_tolerance(summarise(rows, "success", []), runs, Path("tolerance.png"))
+    figures.plot_tolerance(summarise(rows, "success", []), runs, {}, Path("tolerance.png"))
     left, right = drawn["tolerance.png"].axes
     assert [label.get_text() for label in left.get_xticklabels()] == ["0", "0.05", "0.5"]
     assert labels(left) == ["2 labelled"], "what one method alone has makes no curve"
@@ -108,7 +108,7 @@ def test_tolerance_curve(drawn):
     curves = {line.get_label(): list(line.get_ydata()) for line in right.lines}
     assert curves == {"action probe NMSE": [0.4, 0.5, 0.9], "leak $R^2$": [0.2, 0.25, 0.45]}
     left_out = [row for row in rows if row["method"] != "third"]
-    assert figures.plot_tolerance(summarise(left_out, "success", []), runs, Path("few.png")) is None
+    assert figures.plot_tolerance(summarise(left_out, "success", []), runs, {}, Path("few.png")) is None
 
 
 def test_tolerance_has_a_row_for_each_way_to_be_worse(drawn):
@@ -121,13 +121,18 @@ def test_tolerance_has_a_row_for_each_way_to_be_worse(drawn):
         for level in levels:
             name = f"{field}{level:g}"
             rows += make_scores(name, ("2",), 0.9 - level / 5)
-            runs.append(make_run(name, embedding=BEST | {field: level}, action_probe_nmse=0.4 + level / 8))
-    figures.plot_tolerance(summarise(rows, "success", []), runs, Path("tolerance.png"))
+            embedding = BEST | {field: level, "key": name}
+            runs.append(make_run(name, embedding=embedding, action_probe_nmse=0.4 + level / 8))
+    linear = {"tremble0.25": {"change_nmse": "0.5", "change_leak": ""}}
+    linear["tremble4"] = {"change_nmse": "0.8", "change_leak": ""}
+    figures.plot_tolerance(summarise(rows, "success", []), runs, linear, Path("tolerance.png"))
     noise, noise_probes, tremble, tremble_probes = drawn["tolerance.png"].axes  # one kept fraction: no curve
     assert noise.get_xlabel().startswith("white noise") and tremble.get_xlabel().startswith("tremble")
     assert [label.get_text() for label in noise.get_xticklabels()] == ["0", "0.5", "1"]
     assert np.allclose(noise_probes.lines[0].get_ydata(), [0.4, 0.4625, 0.525])
-    assert np.allclose(tremble_probes.lines[0].get_ydata(), [0.4, 0.43125, 0.9])
+    closed_form, trained, *_ = tremble_probes.lines
+    assert np.allclose(trained.get_ydata(), [0.4, 0.43125, 0.9])
+    assert list(closed_form.get_xdata()) == [1, 2] and list(closed_form.get_ydata()) == [0.5, 0.8]
     success = tremble.lines[0].get_ydata()
     assert success[0] > success[1] > success[2]
 
