@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -531,11 +532,16 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
     return run, data
 
 
-def summarise(run: Run, data: Dataset, args: Args) -> None:
+def summarise(run: Run, data: Dataset, args: Args, lam: LAM | None) -> None:
     """summary.json and curves.png of the stages that are done."""
+    labelled = {}
+    if lam is not None and data.action_dim is not None:
+        for budget in args.labelled_episodes:
+            labelled[budget] = data.probe_labelled(partial(encode, lam, data), budget)
     names = {"script": "lam_vlm", "variant": args.variant, "default_variant": default_variant(args, data)}
     bc_budget = args.labelled_episodes[0] if args.method == "bc" else None
-    run.summarise(run.results("lam") | names | data.record(), bc_budget)
+    measured = run.results("lam") | {"labelled_probe_nmse": labelled}
+    run.summarise(measured | names | data.record(), bc_budget)
 
 
 def main(args: Args) -> None:
@@ -558,7 +564,7 @@ def main(args: Args) -> None:
 
     if args.export:
         data.export_latents(encode(lam, data, data.transitions), run.folder / "latents.parquet")
-    summarise(run, data, args)
+    summarise(run, data, args, lam)
     run.close()
     if "decoder" in args.stages and data.action_dim is None:
         fail(f"stage 3 needs actions, and {args.data} has none; stages 1 and 2 are in {run.folder}")

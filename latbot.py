@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from common import at_least, fail, parse
 from common.actor import read_policy_run
-from common.backbones import TinyBackbone, VLMBackbone
+from common.backbones import TinyBackbone, VLMBackbone, spatial_entropy
 from common.dataset import Dataset, chunks, common_std, random_shift, to_float
 from common.device import average, average_gradients, pick_device
 from common.figures import plot_attention
-from common.probes import mean_over_tasks, r2_score, spatial_entropy
+from common.probes import mean_over_tasks, r2_score
 from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD

@@ -8,29 +8,9 @@
 # ENCODERS="llava-hf/llava-1.5-7b-hf" ENCODER_FLAGS="...": more encoders, for near, main, encoders and paper.
 set -euo pipefail
 cd "$(dirname "$0")"
-scale=${1:-none} list=${2:-} preset="" seeds=${SEEDS:-0 1 2} runs=()
+scale=${1:-none} list=${2:-} preset="" seeds=${SEEDS:-0 1 2}
 
-run_now() { echo python "$@" && { [[ $list ]] || python "$@"; }; }
-collect() { run_now collect.py $preset "$@"; } # FLAGS: makes a data set, or adds embeddings to one
-embed() { for id in ${ENCODERS:-}; do collect --encoder "$id" ${ENCODER_FLAGS:-} "$@"; done; }
-named() { basename "$1" | tr -cs 'A-Za-z0-9.\n' '-'; } # as the embeddings of a hub id are
-script=lam_vlm.py evaluate="eval.py --media 0"
-train() { # NAME FLAGS: a run of $script in runs/SCALE/NAME
-  runs+=("$script $*")
-  [[ ! $list ]] || echo python $script $preset "${@:2}" --out "runs/$scale/$1"
-}
-one_run() { # SCRIPT NAME FLAGS: trains, rolls out, keeps the scores; what it prints is in runs/SCALE/NAME.log
-  local script=$1 name=$2 run=runs/$scale/$2 kept=results/$scale/runs/$2 && shift 2
-  [[ ! -e $kept/summary.json ]] || return 0
-  if ! { python $script $preset "$@" --out "$run" &&
-    python $evaluate --runs "$run" --workers 1 --out "$run/results"; } > "$run.log" 2>&1; then
-    echo "FAILED: $name: $(tail -n 1 "$run.log")" >&2 && return 1
-  fi
-  mkdir -p "$kept"
-  [[ ! -e $run/rollouts.csv ]] || cp "$run/rollouts.csv" "$kept"
-  cp "$run/args.json" "$run/summary.json" "$kept"
-  echo "[$(ls "results/$scale/runs" | wc -l)/$total, $((($(date +%s) - begun) / 60)) min] $name"
-}
+. common/grid.sh
 
 far_data() { # the data of main, also of univla and latbot
   collect --tasks $six $far --prompt best blind --out data/main
@@ -50,10 +30,20 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
   collect --tasks $tasks $view --prompt best blind --out $data
   embed --tasks $tasks $view --prompt best blind --out $data
   collect --tasks $tasks $view --videos none --encoder none --out $data-clean
+  sees=z
+  if [[ $scale == paper ]]; then # what each encoder's FDM is to see: by probes on the labelled episodes of one task
+    for id in oracle ${ENCODERS:-}; do for sees in z target frame; do
+      on="--data $data --tasks drawer-open --stages lam --lam-updates 5000 --encoder $(named $id)_best"
+      train view-$(named $id)-$sees $on --fdm-sees $sees --variant view-$(named $id)-$sees
+    done; done
+    work
+  fi
   for seed in $seeds; do for task in ${TASKS:-$tasks}; do
     run=${task}_s$seed on="--tasks $task --seed $seed --labelled-episodes"
     for id in oracle ${ENCODERS:-}; do for prompt in best blind; do # blind: a prompt that names nothing
-      train lapo-$(named $id)-${prompt}_$run --data $data $on $budgets --encoder $(named $id)_$prompt
+      [[ $scale != paper ]] || sees=$(best_view view-$(named $id))
+      to="--encoder $(named $id)_$prompt --fdm-sees $sees"
+      train lapo-$(named $id)-${prompt}_$run --data $data $on $budgets $to
     done; done
     for sees in z frame; do # LAPO's own FDM sees the frame o_t
       train lapo-${sees}_$run --data $data $on $budgets --target pixels --fdm-sees $sees
@@ -97,9 +87,9 @@ latbot) # the same tasks; its labels train all stages, so that each budget is a 
 motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
   collect --out data/motion
   script=latbot.py
-  for seed in ${SEEDS:-0 1}; do for budget in all 8; do
+  for seed in ${SEEDS:-0}; do for budget in all 8; do
     on="--data data/motion --seed $seed --labelled-episodes $budget --stages teacher" run=-${budget}_s$seed
-    for dim in 2 4 8 16 32; do
+    for dim in 2 4 8 32; do
       train motion$dim$run $on --motion-dim $dim --variant motion$dim
       train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim # d_mot = d_sce
       half="--motion-dim $((dim / 2)) --scene-dim $((dim / 2))"
@@ -198,10 +188,5 @@ mt10) # a first guess, from three tasks with one seed
 esac
 
 if [[ $list ]]; then echo "python $evaluate --out results/$scale --runs results/$scale/runs/*" && exit; fi
-jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
-((jobs == 1)) || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
-mkdir -p "runs/$scale"
-export scale preset evaluate total=${#runs[@]} begun=$(date +%s) && export -f one_run
-printf '%s\n' "${runs[@]}" | xargs -P "$jobs" -L 1 bash -c 'one_run "$@"' _ ||
-  { echo "replicate.sh: some runs failed, see above; the same line goes on" >&2 && exit 1; }
+work
 python $evaluate --out "results/$scale" --runs "results/$scale"/runs/*

@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +84,8 @@ class Args:
     """peak learning rate of stages 1 and 2, AdamW under a one-cycle schedule"""
     widths: tuple[int, ...] = (32, 64)
     """channels of the policy's convolutional blocks"""
+    res_blocks: int = 1
+    """residual blocks after each of them"""
     stem: int = 4
     """stride of the policy's first block; the others have 2"""
     bc_updates: int = 1500
@@ -92,7 +95,9 @@ class Args:
     batch_size: int = 128
     """frames an update of policy and action decoder"""
     lr: float = 1e-3
-    """peak learning rate of policy and action decoder"""
+    """peak learning rate of the policy"""
+    decoder_lr: float = 1e-3
+    """peak learning rate of the action decoder"""
     probe_fraction: float = 0.2
     """fraction of a task's episodes, the last ones, that no stage trains on: the probes are measured there"""
     device: str = "auto"
@@ -123,10 +128,12 @@ PAPER = Args(
     lam_batch=512,
     lam_lr=1e-4,
     widths=(96, 192, 192),
+    res_blocks=2,
     stem=2,
     bc_updates=100_000,
     batch_size=512,
     lr=1e-4,
+    decoder_lr=3e-4,
     probe_fraction=0.02,
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
@@ -322,10 +329,10 @@ def measure(lam: LAM, args: Args) -> dict[str, float | None]:
     return mean_over_tasks(found) | perplexities
 
 
-def what_to_clone(lam: LAM, data: Dataset, args: Args) -> Tensor:
-    """The policy's targets (N, D) at the training rows: latents in their natural scale, or codes, one-hot."""
-    latents = encode(lam, data.train)[args.cloned]
-    if args.clone_as == "code":
+def what_to_clone(lam: LAM, rows: np.ndarray, args: Args, kind: str) -> Tensor:
+    """The policy's targets (N, D) at the rows: kind latent, in their natural scale, or code, one-hot."""
+    latents = encode(lam, rows)[args.cloned]
+    if kind == "code":
         codes = lam.books[args.cloned].nearest(latents)
         return F.one_hot(codes, args.codebook).float().flatten(1)
     return latents.flatten(1) / lam.latent_std
@@ -347,9 +354,9 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
 
 def policy_args(args: Args) -> lam_vlm.Args:
     """What stages 2 and 3 of lam_vlm.py take; what is no flag here is its default."""
-    names = ("widths", "stem", "bc_updates", "decoder_updates", "batch_size", "lr", "seed")
-    values = {name: getattr(args, name) for name in names}
-    return lam_vlm.Args(decoder_lr=args.lr, weight_decay=WEIGHT_DECAY, **values)
+    names = ("widths", "res_blocks", "stem", "bc_updates", "decoder_updates", "batch_size", "lr", "seed")
+    values = {name: getattr(args, name) for name in (*names, "decoder_lr")}
+    return lam_vlm.Args(weight_decay=WEIGHT_DECAY, **values)
 
 
 def default_variant(args: Args, data: Dataset) -> str:
@@ -368,7 +375,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "seed")
+    at_least(0, args, "seed", "res_blocks")
     at_least(1, args, "frame_gap", "codes", "code_dim", "width", "heads", "stem", "lam_batch", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates")
     at_least(2, args, "codebook")
@@ -403,12 +410,17 @@ def open_run(args: Args) -> tuple[Run, Tokens]:
     return run, tokens
 
 
-def summarise(run: Run, data: Dataset, args: Args) -> None:
+def summarise(run: Run, data: Dataset, args: Args, lam: LAM) -> None:
     """summary.json and curves.png of the stages that are done; a codebook that collapsed is said."""
     names = {"script": "univla", "variant": args.variant, "default_variant": default_variant(args, data)}
     stage_1 = {f"stage_1_{name}": value for name, value in run.results("ti").items()}
     measured = run.results("ti") | run.results("tc")
     probes = {name: measured.get(f"{args.cloned}_{name}") for name in PROBES}
+    if data.action_dim is not None and args.cloned in lam.books:
+        for kind in ("latent", "code"):  # which to clone
+            read = partial(what_to_clone, lam, args=args, kind=kind)
+            found = {budget: data.probe_labelled(read, budget) for budget in args.labelled_episodes}
+            probes[f"labelled_probe_nmse_{kind}"] = found
     run.summarise(stage_1 | measured | probes | names | data.record())
     for name, value in measured.items():
         if RANK == 0 and name.endswith("perplexity") and value < 1.5:
@@ -428,7 +440,7 @@ def main(args: Args) -> None:
 
     # stage 3: a policy that predicts latent actions from distracted frames, as in lam_vlm.py
     if "bc" in args.stages or "decoder" in args.stages:
-        targets = what_to_clone(lam, data, args)
+        targets = what_to_clone(lam, data.train, args, args.clone_as)
         policy = train_bc(run, data, policy_args(args), data.train, targets)
 
     # stage 4: true actions from the policy's output, learnt from a handful of labelled episodes
@@ -439,7 +451,7 @@ def main(args: Args) -> None:
     if args.export:
         latents = encode(lam, data.transitions)[args.cloned].flatten(1)
         data.export_latents(latents, run.folder / "latents.parquet")
-    summarise(run, data, args)
+    summarise(run, data, args, lam)
     run.close()
     if "decoder" in args.stages and data.action_dim is None:
         fail(f"the action decoder needs actions, and {args.data} has none; the rest is in {run.folder}")

@@ -10,6 +10,8 @@ queries, and each of its words sees those before it alone.
 
 from __future__ import annotations
 
+import numpy as np
+import scipy.ndimage
 import torch
 from torch import Tensor, nn
 
@@ -192,3 +194,18 @@ class VLMBackbone(nn.Module):
         behind = torch.arange(ids.shape[1], device=ids.device) > last_query[:, None]
         targets = torch.where(behind, ids, -100)
         return states, output.logits[:, :-1], targets[:, 1:]
+
+
+def spatial_entropy(maps: np.ndarray) -> float:
+    """How scattered attention maps (N, H, W) are, mean over maps: 0 if all of it is in one place.
+
+    What lies above a map's mean, in 8-connected components: the entropy of their areas, in nats (LatBot,
+    equation 7).
+    """
+    entropies = []
+    for attention in maps:
+        places, count = scipy.ndimage.label(attention > attention.mean(), np.ones((3, 3)))
+        areas = np.bincount(places.ravel(), minlength=count + 1)[1:]
+        shares = areas / areas.sum()
+        entropies.append(-(shares * np.log(shares)).sum())
+    return float(np.mean(entropies))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import fail
-from common.probes import Probes, background_change
+from common.probes import Probes, background_change, labelled_probe, mean_over_tasks
 from common.shards import RANK, SEGMENTS, atomic_write, held_out_episodes, read_json, read_meta
 
 SAMPLE = 10_000  # transitions that probes and statistics are fitted on, at most
@@ -270,6 +270,20 @@ class Dataset:
         if "segments" in self.columns and not self.undistracted:
             arrays["background"] = [self.background(split) for split in rows]
         return Probes(**arrays), *rows
+
+    def probe_labelled(self, encode: Callable[[np.ndarray], Tensor], budget: str) -> float | None:
+        """Action probe of the labelled episodes alone, a task at a time, mean over tasks: what may choose.
+
+        encode: transitions (N,) -> their latents (N, ...).
+        """
+        rows = np.intersect1d(self.labelled(budget), self.transitions)
+        measured = []
+        for task in range(len(self.tasks)):
+            here = rows[self.task[rows] == task]
+            z = encode(here).flatten(1).double().cpu().numpy()
+            nmse = labelled_probe(z, self.mean_action(here), self.first[here])
+            measured.append({"nmse": nmse})
+        return mean_over_tasks(measured)["nmse"]
 
     def mean_action(self, rows: np.ndarray) -> np.ndarray:
         """The label of the action probe: mean action between the two frames, float64 (N, A)."""

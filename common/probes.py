@@ -6,7 +6,6 @@ All are fitted on training transitions and measured on held-out episodes. z: flo
 from __future__ import annotations
 
 import numpy as np
-import scipy.ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,6 +51,18 @@ def action_probe(z_train: np.ndarray, a_train: np.ndarray, z_test: np.ndarray, a
     for dimension in np.flatnonzero(varies):
         r2[dimension] = float(1 - error[dimension] / variance[dimension])
     return {"action_probe_mse": float(error.mean()), "action_probe_nmse": nmse, "action_probe_r2": r2}
+
+
+def labelled_probe(z: np.ndarray, a: np.ndarray, episode: np.ndarray) -> float | None:
+    """NMSE of the action probe where few episodes have actions: each left out once, of (N,). None for one."""
+    error, episodes = np.zeros_like(a), np.unique(episode)
+    varies = a.var(0) > VARIES
+    if len(episodes) < 2 or not varies.any():
+        return None
+    for number in episodes:
+        out = episode == number
+        error[out] = Ridge(z[~out], a[~out])(z[out]) - a[out]
+    return float(((error**2).mean(0) / a.var(0))[varies].mean())
 
 
 def state_probe(z_train: np.ndarray, s_train: np.ndarray, z_test: np.ndarray, s_test: np.ndarray) -> float:
@@ -128,18 +139,3 @@ def background_change(now: Tensor, after: Tensor, background: Tensor) -> tuple[n
     change = F.adaptive_avg_pool2d((after - now) * background, GRID) / area.clamp_min(1e-6) * (area > 0.25)
     now = F.adaptive_avg_pool2d(now, GRID)
     return now.flatten(1).double().cpu().numpy(), change.flatten(1).double().cpu().numpy()
-
-
-def spatial_entropy(maps: np.ndarray) -> float:
-    """How scattered attention maps (N, H, W) are, mean over maps: 0 if all of it is in one place.
-
-    What lies above a map's mean, in 8-connected components: the entropy of their areas, in nats (LatBot,
-    equation 7).
-    """
-    entropies = []
-    for attention in maps:
-        places, count = scipy.ndimage.label(attention > attention.mean(), np.ones((3, 3)))
-        areas = np.bincount(places.ravel(), minlength=count + 1)[1:]
-        shares = areas / areas.sum()
-        entropies.append(-(shares * np.log(shares)).sum())
-    return float(np.mean(entropies))

@@ -214,6 +214,22 @@ def test_the_leak_probe_takes_the_present_frame_out_of_either_side(long_data):
     assert hidden["leak_probe_r2"] > 0.7, "z = 4 o_t + o_{t+1} hides its leak"
 
 
+def test_probe_of_the_labelled_episodes_alone(long_data):
+    """Each left out once: latents that hold the action are found, those that tell episodes apart are not."""
+    actions = long_data.columns["actions"]
+
+    def mean_action(rows):
+        return torch.from_numpy((actions[rows] + actions[rows + 1]) / GAP)
+
+    assert long_data.probe_labelled(mean_action, "3") < 0.01
+    assert long_data.probe_labelled(lambda rows: mean_action(rows)[:, :, None], "3") < 0.01, (
+        "codes, flattened"
+    )
+    episodes = torch.eye(10)
+    assert long_data.probe_labelled(lambda rows: episodes[long_data.episode[rows]], "3") > 0.95
+    assert long_data.probe_labelled(mean_action, "1") is None, "none is left to fit on"
+
+
 def test_probes_of_the_change_of_state(long_data):
     states = long_data.columns["states"]
     change = measure(long_data, lambda rows: (states[rows + GAP] - states[rows])[:, :18])

@@ -67,7 +67,7 @@ def train_all(run: Run, data: Dataset, args: lam_vlm.Args) -> dict[str, nn.Modul
     if args.method == "lapo":
         for budget in args.labelled_episodes:
             lam_vlm.train_decoder(run, data, args, policy, budget)
-    lam_vlm.summarise(run, data, args)
+    lam_vlm.summarise(run, data, args, lam)
     return {stage: training.module for stage, training in run.training.items()}
 
 
@@ -730,8 +730,7 @@ def test_a_loss_that_explodes_ends_with_one_line(made_up, tmp_path):
 def test_load_policy_refuses_what_is_no_policy(new_run, finished, tmp_path):
     (tmp_path / "empty").mkdir()
     half, data, args = new_run(stages=("lam",))
-    lam_vlm.train_lam(half, data, args)
-    lam_vlm.summarise(half, data, args)
+    lam_vlm.summarise(half, data, args, lam_vlm.train_lam(half, data, args))
     cases = {
         "no finished run": (tmp_path / "empty",),
         "1, 2": (finished, "3"),

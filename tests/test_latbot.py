@@ -12,8 +12,7 @@ from made_up import SIZE, make_data
 
 import latbot
 from common import runs
-from common.backbones import VLMBackbone
-from common.probes import spatial_entropy
+from common.backbones import VLMBackbone, spatial_entropy
 from common.tasks import language_motion
 
 SMALL = "--motion-dim 3 --scene-dim 5 --frames 3 --span 4 --tokens 2 --width 16 --heads 2 --blocks 1"

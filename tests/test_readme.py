@@ -42,7 +42,7 @@ SCALES = {  # and how many runs each has at least
     "main": 216,
     "univla": 29,
     "latbot": 54,
-    "motion": 72,
+    "motion": 30,
     "ablations": 120,
     "views": 96,
     "encoders": 34,
@@ -186,11 +186,9 @@ def test_commands_of_a_docstring_parse(script):
         parse(name, flags)
 
 
-def listed(scale: str, **environ: str) -> list[list[str]]:
-    command = ["bash", "replicate.sh", scale, "--list"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, check=True
-    )
+def listed(scale: str, folder: Path = ROOT, **environ: str) -> list[list[str]]:
+    command, environ = ["bash", "replicate.sh", scale, "--list"], os.environ | environ
+    result = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
@@ -226,12 +224,31 @@ done
 """
 
 
+def test_replicate_paper_takes_the_view_that_the_labels_prefer(tmp_path):
+    """What an encoder's FDM sees, by probes of its three views; LAPO on pixels stays as it is."""
+    (tmp_path / "common").mkdir()
+    for name in ("replicate.sh", "common/grid.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for view, nmse in {"z": 0.9, "target": 0.4, "frame": 0.6}.items():
+        folder = tmp_path / f"results/paper/runs/view-oracle-{view}"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"labelled_probe_nmse": {"32": nmse}}))
+    lines = {line[-1]: shlex.join(line) for line in listed("paper", tmp_path) if line[1] == "lam_vlm.py"}
+    assert "--fdm-sees target" in lines["runs/paper/lapo-oracle-blind_reach_s1"]
+    assert "--fdm-sees z" in lines["runs/paper/lapo-Molmo-7B-D-0924-best_reach_s1"], (
+        "nothing is known of it yet"
+    )
+    assert "--fdm-sees frame" in lines["runs/paper/lapo-frame_reach_s1"]
+
+
 def test_replicate_goes_on_after_a_failure_and_on_another_machine(tmp_path):
     """A failed run is named, the others are done, there is no table. The same line then does the rest."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text(STUB)
     (tmp_path / "bin/python").chmod(0o755)
-    shutil.copy(ROOT / "replicate.sh", tmp_path)
+    (tmp_path / "common").mkdir()
+    for name in ("replicate.sh", "common/grid.sh"):
+        shutil.copy(ROOT / name, tmp_path / name)
     environ = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     environ |= {"TASKS": "door-open", "SEEDS": "0 1", "JOBS": "2"}
 

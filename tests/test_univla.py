@@ -279,6 +279,9 @@ def test_from_end_to_end(made_up, tmp_path, flags):
         assert summary[probe] == summary[f"{cloned}_{probe}"]
         assert np.isfinite(summary[f"stage_1_ti_quantised_{probe}"])
     assert 1 <= summary["ti_perplexity"] <= 4
+    for kind in ("latent", "code"):
+        probed = summary[f"labelled_probe_nmse_{kind}"]
+        assert probed["1"] is None and np.isfinite(probed["2"])
     frames = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
     actions = {budget: univla.load_policy(tmp_path / "run", budget)(frames) for budget in ("1", "2")}
     assert actions["1"].shape == (3, 4) and not np.array_equal(actions["1"], actions["2"])
@@ -291,13 +294,13 @@ def test_from_end_to_end(made_up, tmp_path, flags):
 def test_a_collapsed_codebook_is_said(new_run, capsys):
     run, tokens, args = new_run("--cloned", "ti")
     lam = univla.train_lam(run, tokens, args)
-    univla.summarise(run, tokens.data, args)
+    univla.summarise(run, tokens.data, args, lam)
     said = "has collapsed" in capsys.readouterr().out
     assert said == (run.results("ti")["ti_perplexity"] < 1.5)
     lam.books["ti"].entries.data[:] = 100 + torch.arange(4)[:, None]  # one is the nearest of all latents
     assert univla.measure(lam, args)["ti_perplexity"] == pytest.approx(1)
     run.training["ti"].results["ti_perplexity"] = 1.0
-    univla.summarise(run, tokens.data, args)
+    univla.summarise(run, tokens.data, args, lam)
     assert "the codebook has collapsed: ti_perplexity 1.00" in capsys.readouterr().out
 
 
