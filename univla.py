@@ -16,7 +16,6 @@ After Bu et al., arXiv 2505.06111; where this departs: docs/univla.md.
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,6 +137,7 @@ PAPER = Args(
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
 WARMUP = 0.2  # share of the updates of stages 1 and 2 before latents are quantised
+LAST_RESTART = 0.8  # share of the updates up to which entries that died start again
 CLIP = 0.1  # bound of the gradient's norm in stages 1 and 2
 WEIGHT_DECAY = 1e-2
 PROBES = ("action_probe_nmse", "leak_probe_r2")
@@ -155,14 +155,19 @@ class Instruction(nn.Module):
             self.project = nn.Embedding(tokens.words, width)
         else:
             self.project = nn.Linear(tokens.text_dim, width)
-        self.place = nn.Parameter(0.02 * torch.randn(tokens.texts.shape[1], width))
+        self.place = places(tokens.texts.shape[1], width)
 
     def forward(self, text: Tensor) -> Tensor:
         return self.project(text) + self.place
 
 
+def places(*shape: int) -> nn.Parameter:
+    """Learnt places of tokens, and queries."""
+    return nn.Parameter(0.1 * torch.randn(*shape))
+
+
 class Encoder(nn.Module):
-    """Inverse model: tokens of o_t and o_{t+k} (B, N, D), queries (Q, width) -> latents (B, Q, code_dim).
+    """Inverse model: tokens of o_t, o_{t+k}, their change (B, N, D) -> states of the queries (B, Q, width).
 
     Causal in time: the instruction sees itself, o_t it and itself, o_{t+k} both, the queries everything.
     """
@@ -171,40 +176,44 @@ class Encoder(nn.Module):
         super().__init__()
         patches, dim = tokens.shape
         self.project = nn.Linear(dim, args.width)
-        self.project_difference = nn.Linear(dim, args.width)
-        self.place = nn.Parameter(0.02 * torch.randn(2, patches, args.width))  # and time
+        self.project_change = nn.Linear(dim, args.width)
+        self.place = places(2, patches, args.width)  # and time
         self.blocks = transformer(args.width, args.heads, args.blocks[0])
-        self.out = nn.Linear(args.width, args.code_dim)
 
-    def forward(self, now: Tensor, after: Tensor, queries: Tensor, instruction: Tensor) -> Tensor:
+    def forward(
+        self, now: Tensor, after: Tensor, change: Tensor, queries: Tensor, instruction: Tensor
+    ) -> Tensor:
         first = self.project(now) + self.place[0]
-        second = self.project(after) + self.project_difference(after - now) + self.place[1]
+        second = self.project(after) + self.project_change(change) + self.place[1]
         parts = [instruction, first, second, queries.expand(len(now), -1, -1)]
         order = torch.cat([torch.full((part.shape[1],), number) for number, part in enumerate(parts)])
         hidden = (order[:, None] < order[None]).to(now.device)  # (T, T): what comes later is not seen
-        states = self.blocks(torch.cat(parts, 1), mask=hidden)
-        return self.out(states[:, -len(queries) :])
+        return self.blocks(torch.cat(parts, 1), mask=hidden)[:, -len(queries) :]
 
 
 class TokenDecoder(nn.Module):
-    """Forward model: codes (B, Q, code_dim), tokens of o_t or nothing -> their change (B, N, D)."""
+    """Forward model: codes {set: (B, codes, code_dim)}, tokens of o_t or nothing -> change (B, N, D)."""
 
-    def __init__(self, tokens: Tokens, args: Args):
+    def __init__(self, tokens: Tokens, args: Args, sets: tuple[str, ...]):
         super().__init__()
         patches, dim = tokens.shape
-        if args.fdm_sees == "frame":
-            self.project = nn.Linear(dim, args.width)
         self.sees_frame = args.fdm_sees == "frame"
-        self.project_codes = nn.Linear(args.code_dim, args.width)
-        self.place = nn.Parameter(0.02 * torch.randn(patches, args.width))
+        if self.sees_frame:
+            self.project = nn.Linear(dim, args.width)
+        self.project_codes = nn.ModuleDict({name: nn.Linear(args.code_dim, args.width) for name in sets})
+        self.code_place = nn.ParameterDict({name: places(args.codes, args.width) for name in sets})
+        self.place = places(patches, args.width)
         self.blocks = transformer(args.width, args.heads, args.blocks[1])
         self.out = nn.Linear(args.width, dim)
 
-    def forward(self, now: Tensor, codes: Tensor, instruction: Tensor) -> Tensor:
+    def forward(self, now: Tensor, codes: dict[str, Tensor], instruction: Tensor) -> Tensor:
         patches = self.place.expand(len(now), -1, -1)
         if self.sees_frame:
             patches = patches + self.project(now)
-        states = self.blocks(torch.cat([patches, self.project_codes(codes), instruction], 1))
+        parts = [patches, instruction]
+        for name, project in self.project_codes.items():
+            parts.append(project(codes[name]) + self.code_place[name])
+        states = self.blocks(torch.cat(parts, 1))
         return self.out(states[:, : patches.shape[1]])
 
 
@@ -218,19 +227,18 @@ class LAM(nn.Module):
         super().__init__()
         for name, value in tokens.statistics().items():  # mean, std, change_mean, change_std
             self.register_buffer(name, value)
-        self.register_buffer("latent_std", torch.ones(()))  # of the latents to clone, set at the end
         self.tokens = [tokens]  # a list hides it from the checkpoint
+        sets = ("ti",) if stage_1 is None else ("ti", "tc")
         self.encoder = Encoder(tokens, args)
-        self.decoder = TokenDecoder(tokens, args)
-        self.books = nn.ModuleDict({"ti": Codebook(args.codebook, args.code_dim)})
-        self.queries = nn.ParameterDict({"ti": 0.02 * torch.randn(args.codes, args.width)})
+        self.decoder = TokenDecoder(tokens, args, sets)
+        self.queries = nn.ParameterDict({name: places(args.codes, args.width) for name in sets})
+        self.heads = nn.ModuleDict({name: nn.Linear(args.width, args.code_dim) for name in sets})
+        self.books = nn.ModuleDict({name: Codebook(args.codebook, args.code_dim) for name in sets})
         self.instruction = None
         if stage_1 is not None:
             self.books["ti"].load_state_dict(stage_1.books["ti"].state_dict())
             self.books["ti"].requires_grad_(False)
             self.queries["ti"].data.copy_(stage_1.queries["ti"])
-            self.books["tc"] = Codebook(args.codebook, args.code_dim)
-            self.queries["tc"] = nn.Parameter(0.02 * torch.randn(args.codes, args.width))
         elif args.text != "none":
             self.instruction = Instruction(tokens, args.width)
 
@@ -240,13 +248,25 @@ class LAM(nn.Module):
             return self.mean.new_zeros(len(rows), 0, self.encoder.project.out_features)
         return self.instruction(self.tokens[0].text(rows))
 
-    def standardise(self, patches: Tensor) -> Tensor:
-        return (patches - self.mean) / self.std
+    def see(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D)."""
+        (tokens,) = self.tokens
+        now, after = tokens.patches(rows), tokens.patches(rows + tokens.data.frame_gap)
+        change = (after - now - self.change_mean) / self.change_std
+        return (now - self.mean) / self.std, (after - self.mean) / self.std, change
 
-    def latents(self, now: Tensor, after: Tensor, instruction: Tensor) -> dict[str, Tensor]:
-        """{"ti", "tc": (B, codes, code_dim)} before quantisation, of standardised tokens."""
-        z = self.encoder(now, after, torch.cat(list(self.queries.values())), instruction)
-        return dict(zip(self.books, z.chunk(len(self.books), 1)))
+    def latents(self, now: Tensor, after: Tensor, change: Tensor, instruction: Tensor) -> dict[str, Tensor]:
+        """{"ti", "tc": (B, codes, code_dim)} before quantisation, float32."""
+        queries = torch.cat(list(self.queries.values()))
+        states = self.encoder(now, after, change, queries, instruction).float().chunk(len(self.heads), 1)
+        with torch.autocast(now.device.type, enabled=False):  # codes are not to depend on the arithmetic
+            return {name: head(state) for (name, head), state in zip(self.heads.items(), states)}
+
+    def quantise(self, latents: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Entries of each set; codebook and commitment loss of all (a frozen codebook's is a constant)."""
+        found = {name: book(latents[name]) for name, book in self.books.items()}
+        entries, codebook_losses, commitment_losses = zip(*found.values())
+        return dict(zip(found, entries)), sum(codebook_losses), sum(commitment_losses)
 
 
 # ---------------------------------------------------------------------------------------- stages
@@ -256,28 +276,20 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
     """Stage 1 ("ti") or, given it, stage 2 ("tc"): codes from which the change of the tokens is predicted."""
     stage, number = ("ti", 0) if stage_1 is None else ("tc", 3)
     torch.manual_seed(args.seed + number)
-    data, gap = tokens.data, args.frame_gap
     lam = LAM(tokens, args, stage_1).to(run.device)
     optimizer, schedule = one_cycle(lam, args.lam_lr, WEIGHT_DECAY, args.lam_updates)
 
     for step in run.steps(stage, lam, optimizer, schedule, args.lam_updates):
-        t = step.rng.choice(data.train, args.lam_batch)[run.share]
-        patches_now, patches_after = tokens.patches(t), tokens.patches(t + gap)
-        now, after = lam.standardise(patches_now), lam.standardise(patches_after)
-        change = (patches_after - patches_now - lam.change_mean) / lam.change_std
+        t = step.rng.choice(tokens.data.train, args.lam_batch)[run.share]
+        now, after, change = lam.see(t)
         with run.autocast():
             instruction = lam.read(t)
-            latents = lam.latents(now, after, instruction)
-            entries, codebook_loss, commitment_loss, codes = lam.books[stage](latents[stage])
-            share = shares(codes, args.codebook)
+            latents = lam.latents(now, after, change, instruction)
+            entries, codebook_loss, commitment_loss = lam.quantise(latents)
+            share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
             if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
-                entries, share = latents[stage], 0 * share
+                entries, share = latents, 0 * share
                 codebook_loss, commitment_loss = 0 * codebook_loss, 0 * commitment_loss
-            step.log(perplexity=perplexity(share), unused=(share == 0).sum())
-            if stage == "tc":  # beside those of the frozen codebook
-                ti_entries, _, ti_commitment_loss, _ = lam.books["ti"](latents["ti"])
-                entries = torch.cat([ti_entries, entries], 1)
-                commitment_loss = commitment_loss + ti_commitment_loss
             fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
             loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
         optimizer.zero_grad()
@@ -286,13 +298,13 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
         nn.utils.clip_grad_norm_(lam.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-        lam.books[stage].restart(latents[stage], share)
+        if step.update < LAST_RESTART * args.lam_updates:
+            lam.books[stage].restart(latents[stage], share)
         step.log(loss=loss, fdm_loss=fdm_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss)
+        step.log(perplexity=perplexity(share).mean(), unused=(share.sum(0) == 0).sum())
 
     measured = {}
     if not run.finished(stage):
-        sample = data.train[:: max(1, len(data.train) // 10_000)]
-        lam.latent_std.copy_(common_std(encode(lam, sample)[stage].flatten(1)))
         measured = measure(lam, args)
     run.finish(stage, **measured)
     return lam
@@ -302,40 +314,67 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 def encode(lam: LAM, rows: np.ndarray) -> dict[str, Tensor]:
     """`LAM.latents` of the transitions rows -> rows + frame_gap, (N, codes, code_dim) each."""
     lam.eval()
-    (tokens,) = lam.tokens
-    found = []
-    for part in chunks(rows):
-        now, after = tokens.patches(part), tokens.patches(part + tokens.data.frame_gap)
-        found.append(lam.latents(lam.standardise(now), lam.standardise(after), lam.read(part)))
-    return {name: torch.cat([latents[name] for latents in found]).float() for name in lam.books}
+    found = [lam.latents(*lam.see(part), lam.read(part)) for part in chunks(rows)]
+    return {name: torch.cat([latents[name] for latents in found]) for name in lam.books}
+
+
+def measure(lam: LAM, args: Args) -> dict[str, float | None]:
+    """What the codes of each set are worth, a task at a time, mean over tasks.
+
+    Probes of latents and of their entries; perplexity of a code; gain: by how much the held-out loss grows
+    if the set's codes are those of another transition of the task.
+    """
+    measured = []
+    for probes, *splits in lam.tokens[0].data.probes():
+        train, held_out = (encode(lam, rows) for rows in splits)
+        of_task = gains(lam, splits[1], held_out)
+        for name, book in lam.books.items():
+            pairs = {name: (train[name], held_out[name])}
+            pairs[f"{name}_quantised"] = tuple(book.entries[book.nearest(z)].detach() for z in pairs[name])
+            for kind, pair in pairs.items():
+                probed = probes.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
+                of_task |= {f"{kind}_{probe}": probed[probe] for probe in PROBES}
+            share = shares(book.nearest(held_out[name]), args.codebook)
+            of_task[f"{name}_perplexity"] = float(perplexity(share).mean())
+        measured.append(of_task)
+    return mean_over_tasks(measured)
 
 
 @torch.no_grad()
-def measure(lam: LAM, args: Args) -> dict[str, float | None]:
-    """Perplexities, and probes of latents and of their entries, a task at a time, mean over tasks."""
-    found, used = [], defaultdict(list)
-    for probes, *splits in lam.tokens[0].data.probes():
-        train, held_out = (encode(lam, rows) for rows in splits)
-        of_task = {}
-        for name, book in lam.books.items():
-            pairs = {name: (train[name], held_out[name])}
-            pairs[f"{name}_quantised"] = tuple(book(z)[0] for z in pairs[name])
-            for kind, pair in pairs.items():
-                measured = probes.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
-                of_task |= {f"{kind}_{probe}": measured[probe] for probe in PROBES}
-            used[name].append(shares(book.nearest(held_out[name]), args.codebook))
-        found.append(of_task)
-    perplexities = {f"{name}_perplexity": float(perplexity(sum(s) / len(s))) for name, s in used.items()}
-    return mean_over_tasks(found) | perplexities
+def gains(lam: LAM, rows: np.ndarray, latents: dict[str, Tensor]) -> dict[str, float]:
+    """{set_gain: growth of the loss, in shares of it}, of the transitions rows, all of one task."""
+    entries = {name: book.entries[book.nearest(latents[name])] for name, book in lam.books.items()}
+    others = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
+
+    def loss(entries: dict[str, Tensor]) -> float:
+        total = 0.0
+        for part in chunks(np.arange(len(rows))):
+            now, _, change = lam.see(rows[part])
+            codes = {name: found[part] for name, found in entries.items()}
+            error = lam.decoder(now, codes, lam.read(rows[part])) - change
+            total += float(error.square().mean((1, 2)).sum())
+        return total / len(rows)
+
+    whole = loss(entries)
+    shuffled = {name: loss(entries | {name: found[others]}) for name, found in entries.items()}
+    return {f"{name}_gain": value / whole - 1 for name, value in shuffled.items()}
 
 
 def what_to_clone(lam: LAM, rows: np.ndarray, args: Args, kind: str) -> Tensor:
-    """The policy's targets (N, D) at the rows: kind latent, in their natural scale, or code, one-hot."""
+    """What a policy may say (N, D) at the rows: kind latent, or code, one-hot."""
     latents = encode(lam, rows)[args.cloned]
     if kind == "code":
         codes = lam.books[args.cloned].nearest(latents)
         return F.one_hot(codes, args.codebook).float().flatten(1)
-    return latents.flatten(1) / lam.latent_std
+    return latents.flatten(1)
+
+
+def policy_targets(lam: LAM, data: Dataset, args: Args) -> Tensor:
+    """The policy's targets (N, D) at the training rows; latents are centred and divided by one std."""
+    targets = what_to_clone(lam, data.train, args, args.clone_as)
+    if args.clone_as == "latent":
+        targets = (targets - targets.mean(0)) / common_std(targets)
+    return targets
 
 
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Actor:
@@ -422,9 +461,11 @@ def summarise(run: Run, data: Dataset, args: Args, lam: LAM) -> None:
             found = {budget: data.probe_labelled(read, budget) for budget in args.labelled_episodes}
             probes[f"labelled_probe_nmse_{kind}"] = found
     run.summarise(stage_1 | measured | probes | names | data.record())
-    for name, value in measured.items():
+    for name, value in (stage_1 | measured).items():
         if RANK == 0 and name.endswith("perplexity") and value < 1.5:
             print(f"the codebook has collapsed: {name} {value:.2f}")
+        if RANK == 0 and name.endswith("gain") and value < 0.001:
+            print(f"the codes say nothing of the change: {name} {value:.4f}")
 
 
 def main(args: Args) -> None:
@@ -440,7 +481,7 @@ def main(args: Args) -> None:
 
     # stage 3: a policy that predicts latent actions from distracted frames, as in lam_vlm.py
     if "bc" in args.stages or "decoder" in args.stages:
-        targets = what_to_clone(lam, data.train, args, args.clone_as)
+        targets = policy_targets(lam, data, args)
         policy = train_bc(run, data, policy_args(args), data.train, targets)
 
     # stage 4: true actions from the policy's output, learnt from a handful of labelled episodes

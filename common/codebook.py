@@ -23,18 +23,20 @@ class Codebook(nn.Module):
         """(B, codes) int64"""
         return torch.cdist(z.float().flatten(0, 1), self.entries).argmin(1).view(z.shape[:2])
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The entries, codebook loss, commitment loss, and the codes (B, codes)."""
-        codes = self.nearest(z)
-        entries = self.entries[codes]
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries, codebook loss and commitment loss."""
+        entries = self.entries[self.nearest(z)]
         codebook_loss = F.mse_loss(entries, z.detach())
         commitment_loss = F.mse_loss(z, entries.detach())
-        return z + (entries - z).detach(), codebook_loss, commitment_loss, codes
+        return z + (entries - z).detach(), codebook_loss, commitment_loss
 
     @torch.no_grad()
     def restart(self, z: Tensor, share: Tensor) -> None:
-        """Replaces entries that were idle for RESTART updates by outputs of this batch (of rank 0)."""
-        self.idle.copy_(torch.where(share > 0, 0, self.idle + 1))
+        """Replaces entries that were idle for RESTART updates by outputs of this batch (of rank 0).
+
+        share: (codes, entries), see `shares`.
+        """
+        self.idle.copy_(torch.where(share.sum(0) > 0, 0, self.idle + 1))
         dead = self.idle >= RESTART
         pick = torch.randint(z.shape[0] * z.shape[1], dead.shape).to(z.device)
         outputs = from_rank_0(z.float().flatten(0, 1)[pick])
@@ -43,10 +45,10 @@ class Codebook(nn.Module):
 
 
 def shares(codes: Tensor, codebook: int) -> Tensor:
-    """How often each entry is chosen, (codebook,), over all ranks."""
-    return average(F.one_hot(codes.flatten(), codebook).float().mean(0))
+    """How often each code (B, codes) is each entry, (codes, entries), over all ranks."""
+    return average(F.one_hot(codes, codebook).float().mean(0))
 
 
 def perplexity(share: Tensor) -> Tensor:
-    """exp of the entropy of the shares: 1 if all codes are the same, at most the size of the codebook."""
-    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+    """exp of the entropy of shares (..., entries): 1 if a code is always the same, at most the entries."""
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum(-1))

@@ -13,7 +13,8 @@ from common import fail
 from common.dataset import Dataset, change_statistics, to_float
 from common.encoders import one_line
 
-GRID = 8  # raw patches a side
+GRID = 8  # patches of a frame, a side
+SQUARES = 4  # squares of a patch, a side
 SAMPLE = 2000  # transitions that the statistics are taken of
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as DINOv2's processor has them
 DINO_TYPES = ("dinov2", "dinov2_with_registers")
@@ -56,15 +57,19 @@ class Tokens:
 
 
 class Pixels:
-    """uint8 frames (B, 3, S, S) -> raw patches (B, GRID^2, 3 (S / GRID)^2): a target that cannot collapse."""
+    """uint8 frames (B, 3, S, S) -> GRID^2 patches (B, 64, 48), each the mean colours of SQUARES^2 squares.
+
+    A target that cannot collapse, and without the fine texture that no code of a few bits can hold.
+    """
 
     def __init__(self, size: int):
         if size % GRID:
             fail(f"--features pixels cuts frames in {GRID} x {GRID} patches, and these have {size} px")
-        self.side = size // GRID
+        self.squares = min(SQUARES, size // GRID)
 
     def __call__(self, frames: Tensor) -> Tensor:
-        return F.unfold(to_float(frames), self.side, stride=self.side).transpose(1, 2)
+        squares = F.adaptive_avg_pool2d(to_float(frames), GRID * self.squares)
+        return F.unfold(squares, self.squares, stride=self.squares).transpose(1, 2)
 
 
 class DINO:

@@ -15,7 +15,7 @@ LINES = {  # at most
     "collect.py": 430,
     "import_videos.py": 290,
     "lam_vlm.py": 580,
-    "univla.py": 465,
+    "univla.py": 515,
     "latbot.py": 635,
     "eval.py": 430,
     "linear_lam.py": 650,
