@@ -79,7 +79,7 @@ class Args:
     """updates of stage 1, and of stage 2"""
     lam_batch: int = 64
     """transitions an update of stages 1 and 2"""
-    lam_lr: float = 3e-4
+    lam_lr: float = 1e-3
     """peak learning rate of stages 1 and 2, AdamW under a one-cycle schedule"""
     widths: tuple[int, ...] = (32, 64)
     """channels of the policy's convolutional blocks"""
