@@ -389,8 +389,8 @@ def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Ten
     for step in run.steps("bc", policy, optimizer, schedule, args.bc_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
         shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
-        obs = random_shift(data.observe(rows[pick]), torch.from_numpy(shifts).to(run.device), args.max_shift)
-        target = targets[torch.from_numpy(pick).to(run.device)]
+        obs = random_shift(data.observe(rows[pick]), run.tensor(shifts), args.max_shift)
+        target = targets[run.tensor(pick)]
         with run.autocast():
             loss = F.mse_loss(policy(obs), target)
         optimizer.zero_grad()
@@ -409,7 +409,7 @@ def train_decoder(run: Run, data: Dataset, args: Args, policy: Policy, budget: s
     rows = np.tile(data.labelled(budget), args.decoder_shifts)
     actions = data.actions(rows)
     shifts = np.random.default_rng([args.seed, 3]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))
-    shifts = torch.from_numpy(shifts).to(run.device)
+    shifts = run.tensor(shifts)
     latents = []
     with torch.no_grad():
         for part in chunks(np.arange(len(rows))):
@@ -424,8 +424,8 @@ def train_decoder(run: Run, data: Dataset, args: Args, policy: Policy, budget: s
     for step in run.steps(f"decoder_{budget}", decoder, optimizer, schedule, args.decoder_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
         noise = step.rng.standard_normal((args.batch_size, latents.shape[1]), np.float32)[run.share]
-        pick, noise = torch.from_numpy(pick).to(run.device), torch.from_numpy(noise).to(run.device)
-        z = latents[pick] + noise_std * noise
+        pick = run.tensor(pick)
+        z = latents[pick] + noise_std * run.tensor(noise)
         loss = F.mse_loss(decoder(z), actions[pick])
         optimizer.zero_grad()
         loss.backward()

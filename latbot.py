@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,8 @@ class Args:
     """weight of the actions in the teacher's loss, on the labelled episodes; 0: the frame alone"""
     text: Literal["labelled", "all", "none"] = "labelled"
     """episodes whose sub-tasks the student learns to say: labelled, all, none"""
+    expert_sees: Literal["both", "motion"] = "both"
+    """latents that the expert is told: both, or that of motion alone"""
     student: Literal["trains", "frozen"] = "frozen"
     """whether the student trains on with the expert; with --latents none it always does"""
     labelled_episodes: tuple[str, ...] = ("8",)
@@ -93,7 +96,7 @@ class Args:
     expert_updates: int = 2500
     """updates of the expert"""
     batch_size: int = 64
-    """windows an update; a quarter as many are added where actions or text are learnt"""
+    """windows an update; a quarter of them, or as many more for the student, are labelled ones"""
     lr: float = 1e-3
     """peak learning rate of AdamW under a one-cycle schedule"""
     weight_decay: float = 1e-2
@@ -140,6 +143,8 @@ PAPER = Args(
 PRESETS = {"quick": QUICK, "paper": PAPER}
 PROBES = ("action_probe_nmse", "leak_probe_r2")
 TEXT_WEIGHT = 0.5  # of the sub-task's next-token loss (published)
+COPIES = 8  # randomly shifted copies of each labelled frame that the expert is trained on
+SAID_NOISE = 0.1  # Gaussian noise on what the student says, for the expert, in units of its std
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -225,9 +230,9 @@ class Teacher(nn.Module):
         self.to_latents = Latents(self.backbone.width, args)
         self.decoder = UnifiedDecoder(windows.domain, self.mean, args)
 
-    def latents(self, windows: Windows, rows: np.ndarray) -> Tensor:
-        """(B, scene_dim + motion_dim), scene first."""
-        states, _, _ = self.backbone(windows.frames(rows), windows.task(rows))
+    def latents(self, frames: Tensor, task: Tensor) -> Tensor:
+        """(B, scene_dim + motion_dim), scene first, of windows (B, F, 3, H, W) uint8."""
+        states, _, _ = self.backbone(frames, task)
         return self.to_latents(states)
 
 
@@ -253,15 +258,28 @@ class Expert(nn.Module):
         super().__init__()
         self.student, self.euler_steps = student, args.euler_steps
         dims, motion = args.scene_dim + args.motion_dim, args.span * (domain.action_dim - 1)
+        self.register_buffer("said_mean", torch.zeros(dims))  # of labelled frames, set before training
+        self.register_buffer("said_std", torch.ones(dims))
+        self.told = slice(0, dims)
+        if args.expert_sees == "motion":
+            self.told, dims = slice(args.scene_dim, dims), args.motion_dim
         self.flow = mlp(motion + dims + 1, 2 * args.width, motion)
         self.gripper = mlp(dims, 2 * args.width, args.span)
         self.register_buffer("low", torch.zeros(domain.action_dim))
         self.register_buffer("scale", torch.ones(domain.action_dim))
         self.register_buffer("levels", torch.zeros(2))
 
-    def set_scale(self, windows: Windows) -> None:
+    def set_scale(self, windows: Windows, said: Tensor, args: Args) -> None:
+        """said: (N, D) by the student, of labelled frames."""
         for name in ("low", "scale", "levels"):
             getattr(self, name).copy_(torch.from_numpy(getattr(windows, name)))
+        scales = [common_std(part).expand(part.shape[1]) for part in parts_of(said, args).values()]
+        self.said_mean.copy_(said.mean(0))
+        self.said_std.copy_(torch.cat(scales) + 1e-6)
+
+    def hear(self, said: Tensor) -> Tensor:
+        """What is told to the expert of what the student says, standardised."""
+        return ((said.float() - self.said_mean) / self.said_std)[:, self.told]
 
     def velocity(self, z: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """z (B, D), noisy (B, span, A - 1), time (B, 1) -> (B, span, A - 1)"""
@@ -289,32 +307,36 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
     """Stage 1: latents from which the decoder predicts the target's change and, if labelled, actions.
 
-    Returns those of all windows, `data.transitions`, as the student is to say them: centred, in their natural
-    scale up to one factor. (N, scene_dim + motion_dim)
+    Returns those of all windows, `data.transitions`, as the student is to say them: centred, each latent in
+    its natural scale up to one factor. (N, scene_dim + motion_dim)
     """
     torch.manual_seed(args.seed)
     data, span = windows.data, args.span
     teacher = Teacher(windows, args).to(run.device)
     optimizer, schedule = one_cycle(teacher, args.lr, args.weight_decay, args.teacher_updates)
+    n = args.batch_size * 3 // 4 // WORLD  # windows of this rank whose target is predicted
 
     for step in run.steps("teacher", teacher, optimizer, schedule, args.teacher_updates):
-        t = step.rng.choice(data.train, args.batch_size)[run.share]
-        change = data.target(t + span) - data.target(t)
+        t = step.rng.choice(data.train, args.batch_size * 3 // 4)[run.share]
+        labelled = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
+        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size // 4, 2))[run.share]
+        frames, task, change = windows.frames(t), windows.task(t), data.target(t + span) - data.target(t)
+        if args.action_weight:  # labelled windows are shifted, for they are few
+            shifted = random_shift(windows.frames(labelled).flatten(1, 2), run.tensor(shifts), args.max_shift)
+            frames = torch.cat([frames, shifted.unflatten(1, (args.frames, 3))])
+            task = torch.cat([task, windows.task(labelled)])
         with run.autocast():
-            z = teacher.latents(windows, t)
-            predicted, _ = teacher.decoder(data.frame(t), z)
-            error = (predicted - (change - teacher.change_mean) / teacher.change_std) ** 2
+            predicted, actions = teacher.decoder(frames[:, 0], teacher.latents(frames, task))
+            error = (predicted[:n] - (change - teacher.change_mean) / teacher.change_std) ** 2
             if args.target == "masked":
                 robot = data.segment(t + span, "robot")
                 error = error * (robot / average(robot.mean()).clamp_min(1e-6))
             target_loss = error.mean()
             loss = target_loss
             if args.action_weight:
-                t = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
-                _, actions = teacher.decoder(data.frame(t), teacher.latents(windows, t))
-                motion, gripper = windows.chunk(t)
-                motion_loss = F.mse_loss(actions[..., :-1], motion)
-                gripper_loss = F.binary_cross_entropy_with_logits(actions[..., -1].float(), gripper)
+                motion, gripper = windows.chunk(labelled)
+                motion_loss = F.mse_loss(actions[n:, :, :-1], motion)
+                gripper_loss = F.binary_cross_entropy_with_logits(actions[n:, :, -1].float(), gripper)
                 loss = loss + args.action_weight * (motion_loss + gripper_loss)
                 step.log(motion_loss=motion_loss, gripper_loss=gripper_loss)
         optimizer.zero_grad()
@@ -324,13 +346,14 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         schedule.step()
         step.log(loss=loss, target_loss=target_loss)
 
-    z = encode(teacher, windows)
+    z = encode(run, teacher, windows)
     measured = {}
     if not run.finished("teacher"):
         measured = measure(z, windows, args)
     run.finish("teacher", **measured)
-    trained = z[windows.among(data.train)]
-    return (z - trained.mean(0)) / common_std(trained)
+    trained = z[data.among(data.train)]
+    scale = torch.cat([common_std(part).expand(part.shape[1]) for part in parts_of(trained, args).values()])
+    return (z - trained.mean(0)) / scale
 
 
 def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None) -> Student:
@@ -346,18 +369,19 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
         loss = 0
         t = step.rng.choice(data.train, args.batch_size)[run.share]
         shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
+        said_rows = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
+        said_shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size // 4, 2))[run.share]
         with run.autocast():
             if latents is not None:
-                first = random_shift(data.frame(t), torch.from_numpy(shifts).to(run.device), args.max_shift)
-                wanted = latents[windows.among(t)]
+                first = random_shift(data.frame(t), run.tensor(shifts), args.max_shift)
                 said, _, _ = student(first, windows.task(t))
-                latent_loss = F.mse_loss(said, wanted)
-                divergence = F.kl_div(said.float().log_softmax(1), wanted.softmax(1), reduction="batchmean")
+                latent_loss, divergence = distillation(said, latents[data.among(t)], args)
                 loss = loss + latent_loss + divergence
                 step.log(latent_loss=latent_loss, divergence=divergence)
             if windows.domain.subtasks:
-                t = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
-                _, logits, targets = student(data.frame(t), windows.task(t), windows.subtask_of(t))
+                first = random_shift(data.frame(said_rows), run.tensor(said_shifts), args.max_shift)
+                words = windows.task(said_rows), windows.subtask_of(said_rows)
+                _, logits, targets = student(first, *words)
                 text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
                 loss = loss + TEXT_WEIGHT * text_loss
                 step.log(text_loss=text_loss)
@@ -370,10 +394,19 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
 
     measured = {}
     if not run.finished("student"):
-        measured = distilled(student, windows, latents)
+        measured = distilled(student, windows, args, latents)
         measured |= attended(student, windows, run.folder / "attention.png")
     run.finish("student", **measured)
     return student
+
+
+def distillation(said: Tensor, wanted: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Squared error of latents (B, D), and KL(p(said) || p(wanted)) of their softmax, mean over latents."""
+    errors, divergences = [], []
+    for mine, of_teacher in zip(parts_of(said.float(), args).values(), parts_of(wanted, args).values()):
+        errors.append(F.mse_loss(mine, of_teacher))
+        divergences.append(F.kl_div(of_teacher.log_softmax(1), mine.softmax(1), reduction="batchmean"))
+    return sum(errors) / len(errors), sum(divergences) / len(divergences)
 
 
 def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Expert:
@@ -382,21 +415,30 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     torch.manual_seed(args.seed + 2)
     trains = args.latents == "none" or args.student == "trains"
     expert = Expert(student, windows.domain, args).to(run.device)
-    expert.set_scale(windows)
+    rows = np.tile(windows.labelled, COPIES)
+    shifts = np.random.default_rng([args.seed, 4]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))
+
+    def say(pick: np.ndarray) -> Tensor:
+        first = random_shift(data.frame(rows[pick]), run.tensor(shifts[pick]), args.max_shift)
+        with run.autocast():
+            said, _, _ = expert.student(first, windows.task(rows[pick]))
+        return said.float()
+
+    with torch.no_grad():
+        said = torch.cat([say(part) for part in chunks(np.arange(len(rows)))])
+    expert.set_scale(windows, said, args)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
 
     for step in run.steps(f"expert_{budget}", expert, optimizer, schedule, args.expert_updates):
-        t = step.rng.choice(windows.labelled, args.batch_size)[run.share]
-        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
-        first = random_shift(data.frame(t), torch.from_numpy(shifts).to(run.device), args.max_shift)
-        motion, gripper = windows.chunk(t)
-        noise = torch.from_numpy(step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32))
-        noise = noise[run.share].to(run.device)
-        time = torch.from_numpy(step.rng.random((args.batch_size, 1), np.float32))[run.share].to(run.device)
-        with run.autocast():
-            z, _, _ = expert.student(first, windows.task(t))
-        z = z.float()
+        pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
+        motion, gripper = windows.chunk(rows[pick])
+        noise = step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32)[run.share]
+        time = step.rng.random((args.batch_size, 1), np.float32)[run.share]
+        noise, time = run.tensor(noise), run.tensor(time)
+        z = expert.hear(say(pick) if trains else said[run.tensor(pick)])
+        said_noise = step.rng.standard_normal((args.batch_size, z.shape[1]), np.float32)[run.share]
+        z = z + SAID_NOISE * run.tensor(said_noise)
         noisy = (1 - time[..., None]) * noise + time[..., None] * motion
         flow_loss = F.mse_loss(expert.velocity(z, noisy, time), motion - noise)
         gripper_loss = F.binary_cross_entropy_with_logits(expert.gripper(z), gripper)
@@ -416,10 +458,14 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
 
 
 @torch.no_grad()
-def encode(teacher: Teacher, windows: Windows) -> Tensor:
+def encode(run: Run, teacher: Teacher, windows: Windows) -> Tensor:
     """The teacher's latents of all windows, `data.transitions`, scene first. (N, scene + motion) float32"""
     teacher.eval()
-    return torch.cat([teacher.latents(windows, part) for part in chunks(windows.data.transitions)]).float()
+    with run.autocast():
+        latents = []
+        for part in chunks(windows.data.transitions):
+            latents.append(teacher.latents(windows.frames(part), windows.task(part)).float())
+    return torch.cat(latents)
 
 
 def parts_of(z: Tensor, args: Args) -> dict[str, Tensor]:
@@ -434,24 +480,30 @@ def measure(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | 
     """Action (mean over the chunk) and leak probes of each latent, a task at a time, mean over tasks."""
     found = []
     for probes, *splits in windows.data.probes():
-        train, held_out = (parts_of(latents[windows.among(rows)], args) for rows in splits)
+        train, held_out = (parts_of(latents[windows.data.among(rows)], args) for rows in splits)
         of_task = {}
         for name in train:
             measured = probes.measure(*(z[name].double().cpu().numpy() for z in (train, held_out)))
             of_task |= {f"{name}_{probe}": measured[probe] for probe in PROBES}
         found.append(of_task)
-    return mean_over_tasks(found)
+    measured, budget = mean_over_tasks(found), args.labelled_episodes[0]
+    for name, part in parts_of(latents, args).items():
+        whole = partial(lambda part, rows: part[windows.data.among(rows)], part)
+        measured[f"{name}_labelled_probe_nmse"] = windows.data.probe_labelled(whole, budget)
+    return measured
 
 
 @torch.no_grad()
-def distilled(student: Student, windows: Windows, latents: Tensor | None) -> dict[str, float]:
+def distilled(student: Student, windows: Windows, args: Args, latents: Tensor | None) -> dict[str, float]:
     """On held-out episodes: R^2 of the teacher's latents; loss and accuracy of a sub-task's words."""
     student.eval()
     data, result = windows.data, {}
     if latents is not None:
-        wanted = latents[windows.among(data.held_out)].cpu().numpy()
         said = [student(data.frame(part), windows.task(part))[0] for part in chunks(data.held_out)]
-        result["latents_r2"] = r2_score(wanted, torch.cat(said).float().cpu().numpy())
+        said = parts_of(torch.cat(said).float(), args)
+        wanted = parts_of(latents[data.among(data.held_out)], args)
+        for name in said:
+            result[f"{name}_said_r2"] = r2_score(wanted[name].cpu().numpy(), said[name].cpu().numpy())
     losses, right = [], []
     for part in chunks(windows.named(data.held_out)):
         _, logits, targets = student(data.frame(part), windows.task(part), windows.subtask_of(part))
@@ -512,8 +564,9 @@ class ChunkActor:
         shape = self.expert.gripper[-1].out_features, len(self.expert.low) - 1
         noise = np.stack([np.random.default_rng(key).standard_normal(shape, np.float32) for key in keys])
         number = torch.full((len(first),), self.tasks.index(task), device=self.device)
-        z, _, _ = self.expert.student(first, number)
-        return self.expert.act(z, torch.from_numpy(noise).to(self.device)).clamp(-1, 1).cpu().numpy()
+        said, _, _ = self.expert.student(first, number)
+        actions = self.expert.act(self.expert.hear(said), torch.from_numpy(noise).to(self.device))
+        return actions.clamp(-1, 1).cpu().numpy()
 
 
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> ChunkActor:
@@ -537,12 +590,13 @@ def default_variant(args: Args, data: Dataset) -> str:
         "-z": args.fdm_sees == "z",
         f"-text-{args.text}": args.text != "labelled",
         f"-{Path(args.backbone).name}": args.backbone != "tiny",
+        "-motion": args.expert_sees == "motion",
         "-trains": args.student == "trains",
         "-clean-data": data.undistracted,
     }
     if args.latents == "none":
         name = "no-latents"
-        for of_teacher in (f"-{embedding['name']}", f"-{args.target}", "-z", "-trains"):
+        for of_teacher in (f"-{embedding['name']}", f"-{args.target}", "-z", "-motion", "-trains"):
             parts.pop(of_teacher, None)
     return name + "".join(part for part, holds in parts.items() if holds)
 
@@ -566,6 +620,8 @@ def parse_args(arguments: list[str]) -> Args:
         fail("the teacher trains on one label budget: give one value to --labelled-episodes")
     if args.latents == "none":
         args.export = False
+    if args.latents != "split" and args.expert_sees == "motion":
+        fail("--expert-sees motion is for --latents split")
     return args
 
 

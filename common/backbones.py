@@ -35,7 +35,7 @@ def transformer(width: int, heads: int, blocks: int) -> nn.TransformerEncoder:
 
 
 class TinyBackbone(nn.Module):
-    """Convolutional patches of the frames, words, learned queries, and a small transformer over them.
+    """Convolutional patches of the frames, words, queries, and a small transformer over them.
 
     vision: conv nets (B, 3, H, W) -> (B, C, s, s) of the first frame and, if there are others,
     (B, 6, H, W) -> (B, C, s, s) of those, which come with their difference from the first. Words are those
@@ -59,16 +59,18 @@ class TinyBackbone(nn.Module):
         self.vision = nn.ModuleList(vision)
         with torch.no_grad():
             _, channels, side, _ = vision[0](torch.zeros(1, 3, size, size)).shape
-        self.project = nn.Linear(channels, width)
-        self.place = nn.Parameter(0.02 * torch.randn(frames, side**2, width))
+        self.project = nn.Sequential(nn.Linear(channels, width), nn.LayerNorm(width))
+        self.glance = nn.Linear(frames * side**2 * channels, width)  # attention finds places slowly
+        self.place = nn.Parameter(0.5 * torch.randn(frames, side**2, width))
         words = sorted({word for text in [*instructions, *subtasks] for word in split_words(text)})
         number = {word: index for index, word in enumerate([END, *words])}
         self.register_buffer("instructions", self.numbers(instructions, number), persistent=False)
         self.register_buffer("subtasks", self.numbers(subtasks, number), persistent=False)
         longest = max(self.instructions.shape[1], self.subtasks.shape[1])
         self.words = nn.Embedding(len(number), width)
-        self.word_place = nn.Parameter(0.02 * torch.randn(2, longest, width))  # of instruction, of text
-        self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
+        nn.init.normal_(self.words.weight, std=0.5)
+        self.word_place = nn.Parameter(0.1 * torch.randn(2, longest, width))  # of instruction, of text
+        self.queries = nn.Parameter(0.5 * torch.randn(queries, width))
         self.blocks = transformer(width, heads, blocks)
         self.say = nn.Linear(width, len(number))
 
@@ -79,15 +81,16 @@ class TinyBackbone(nn.Module):
             return torch.zeros(0, 1, dtype=torch.long)
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
-    def see(self, frames: Tensor) -> Tensor:
-        """(B, F, 3, H, W) uint8 -> tokens (B, F * s^2, width)"""
+    def see(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, F, 3, H, W) uint8 -> tokens (B, F * s^2, width), and all of them at a glance (B, 1, width)."""
         first = to_float(frames[:, 0])
         pictures = [self.vision[0](first)]
         for index in range(1, frames.shape[1]):
             frame = to_float(frames[:, index])
             pictures.append(self.vision[1](torch.cat([frame, 4 * (frame - first)], 1)))
         tokens = [self.project(picture.flatten(2).transpose(1, 2)) for picture in pictures]
-        return torch.cat([token + place for token, place in zip(tokens, self.place)], 1)
+        glance = self.glance(torch.cat([picture.flatten(1) for picture in pictures], 1))
+        return torch.cat([token + place for token, place in zip(tokens, self.place)], 1), glance[:, None]
 
     def sequence(
         self, frames: Tensor, task: Tensor, subtask: Tensor | None
@@ -95,7 +98,8 @@ class TinyBackbone(nn.Module):
         """All tokens (B, T, width); what they do not see (T, T); where the text begins; its words (B, L)."""
         instruction = self.instructions[task].clamp_min(0)
         read = self.words(instruction) + self.word_place[0, : instruction.shape[1]]
-        parts = [self.see(frames), read, self.queries.expand(len(frames), -1, -1)]
+        patches, glance = self.see(frames)
+        parts = [patches, read, self.queries + glance]
         before, said, targets = sum(part.shape[1] for part in parts), 0, None
         if subtask is not None:
             targets = self.subtasks[subtask]

@@ -202,6 +202,10 @@ class Dataset:
             chosen |= (self.task[rows] == task) & np.isin(self.episode[rows], order[:count])
         return rows[chosen]
 
+    def among(self, rows: np.ndarray) -> Tensor:
+        """Where transitions stand among `transitions`, on the device."""
+        return torch.from_numpy(np.searchsorted(self.transitions, rows)).to(self.device)
+
     def column(self, name: str, rows: np.ndarray) -> Tensor:
         """Rows (B,) of an array, on the device."""
         if self.resident:

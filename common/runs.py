@@ -114,6 +114,9 @@ class Run:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
+
     def steps(
         self, stage: str, module: nn.Module, optimizer: Optimizer, schedule: LRScheduler, updates: int
     ) -> Iterator[Step]:

@@ -38,12 +38,10 @@ class Windows:
         self.whole = np.intersect1d(self.labelled, data.train)  # rows with a whole chunk of them
         if not len(self.whole):
             fail(f"no labelled episode of {data.root} is longer than --span {span}")
-        subtasks = []
-        if text != "none":
-            self.said = self.whole  # rows whose sub-task the student learns to say
-            if text == "all":
-                self.said = data.train
-            subtasks = self.name_subtasks()
+        self.said = (
+            data.train if text == "all" else self.whole
+        )  # rows whose sub-task the student learns to say
+        subtasks = [] if text == "none" else self.name_subtasks()
         instructions = [data.meta["instructions"][task] for task in data.tasks]
         self.domain = Domain(data.size, data.action_dim, instructions, subtasks)
         actions = data.columns["actions"][self.labelled]
@@ -67,10 +65,6 @@ class Windows:
         number = {name: index for index, name in enumerate(subtasks)}
         self.subtask = np.array([number.get(name, -1) for name in names])
         return subtasks
-
-    def among(self, rows: np.ndarray) -> Tensor:
-        """Where windows stand among all of them, `data.transitions`."""
-        return torch.from_numpy(np.searchsorted(self.data.transitions, rows)).to(self.data.device)
 
     def named(self, rows: np.ndarray) -> np.ndarray:
         """Those of the rows whose sub-task is among those that the student learns to say."""

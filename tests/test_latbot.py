@@ -18,7 +18,7 @@ from common.tasks import language_motion
 SMALL = "--motion-dim 3 --scene-dim 5 --frames 3 --span 4 --tokens 2 --width 16 --heads 2 --blocks 1"
 SMALL += " --widths 4 8 --stem 2 --batch-size 8 --teacher-updates 4 --student-updates 4 --expert-updates 4"
 SMALL += " --labelled-episodes 2 --max-shift 2 --euler-steps 3 --device cpu --dtype float32"
-GOLDEN = {"teacher": [2.151719, 2.111736], "student": [3.558264, 3.411316], "expert_2": [1.797465, 2.324507]}
+GOLDEN = {"teacher": [2.337864, 2.288614], "student": [3.084723, 3.344541], "expert_2": [1.961629, 1.911632]}
 
 
 @pytest.fixture(scope="session")
@@ -195,7 +195,7 @@ def test_normalisation_and_its_inverse(new_run):
     """Chunks come back as they were; the gripper has the two levels of the labelled episodes."""
     _, windows, args = new_run()
     expert = latbot.Expert(latbot.Student(windows.domain, args), windows.domain, args)
-    expert.set_scale(windows)
+    expert.set_scale(windows, torch.randn(20, 8), args)
     rows = windows.labelled[-3:]
     motion, gripper = windows.chunk(rows)
     last = windows.data.last[rows] - 1
@@ -233,6 +233,33 @@ def test_flow_matching_recovers_two_modes(new_run):
     signs = samples.mean((1, 2)).sign()
     assert 0.35 < (signs > 0).float().mean() < 0.65
     assert (samples.abs() - 1).abs().mean() < 0.25, "near the modes"
+
+
+def test_the_expert_hears_latents_of_the_same_size(new_run):
+    """Each latent, with its own scale; or that of motion alone."""
+    for sees, dims in (("both", 8), ("motion", 3)):
+        _, windows, args = new_run("--expert-sees", sees)
+        expert = latbot.Expert(latbot.Student(windows.domain, args), windows.domain, args)
+        said = torch.randn(500, 8) * torch.tensor([9.0] * 5 + [0.1] * 3) + 4
+        expert.set_scale(windows, said, args)
+        heard = expert.hear(said)
+        assert heard.shape == (500, dims) and heard.mean(0).abs().max() < 1e-4
+        assert heard[:, -3:].std() == pytest.approx(1, abs=0.01) and heard.std() == pytest.approx(1, abs=0.01)
+        assert expert.act(heard[:2], torch.randn(2, 4, 3)).shape == (2, 4, 4)
+
+
+def test_distillation_against_its_definition(new_run):
+    """Squared error and KL(said || wanted), each the mean of scene's and motion's, whatever their size."""
+    _, _, args = new_run()
+    said, wanted = torch.randn(6, 8), torch.randn(6, 8)
+    errors, divergences = [], []
+    for part in (slice(0, 5), slice(5, 8)):
+        errors.append(((said[:, part] - wanted[:, part]) ** 2).mean())
+        p, q = (z[:, part].exp() / z[:, part].exp().sum(1, keepdim=True) for z in (said, wanted))
+        divergences.append((p * (p / q).log()).sum(1).mean())
+    found = latbot.distillation(said, wanted, args)
+    assert float(found[0]) == pytest.approx(float(sum(errors) / 2), rel=1e-5)
+    assert float(found[1]) == pytest.approx(float(sum(divergences) / 2), rel=1e-4)
 
 
 # ------------------------------------------------------------ stages
@@ -287,6 +314,7 @@ ROWS = {
     "--latents none --text none": "no-latents-text-none",
     "--target embedding --encoder made_up": "latbot-made-up-L0-all",
     "--text all": "latbot-text-all",
+    "--expert-sees motion --student trains": "latbot-motion-trains",
     "--text none --fdm-sees z": "latbot-z-text-none",
 }
 
@@ -299,7 +327,8 @@ def test_from_end_to_end(made_up, tmp_path, flags):
     assert summary["variant"].startswith(ROWS[flags].split("-L0")[0]) and summary["script"] == "latbot"
     if "--latents none" not in flags:
         probed = {"undivided": "latent", "actions": "latent"}.get(ROWS[flags], "motion")
-        assert np.isfinite(summary[f"{probed}_leak_probe_r2"]) and summary["latents_r2"] < 1
+        assert np.isfinite(summary[f"{probed}_leak_probe_r2"]) and summary[f"{probed}_said_r2"] < 1
+        assert np.isfinite(summary[f"{probed}_labelled_probe_nmse"])
         assert summary["action_probe_nmse"] == summary[f"{probed}_action_probe_nmse"]
     measured = {"text_accuracy", "text_loss", "attention_entropy", "attention_on_robot"} & set(summary)
     assert len(measured) == (0 if "--text none" in flags else 4)

@@ -16,7 +16,7 @@ LINES = {  # at most
     "import_videos.py": 290,
     "lam_vlm.py": 580,
     "univla.py": 515,
-    "latbot.py": 635,
+    "latbot.py": 690,
     "eval.py": 430,
     "linear_lam.py": 650,
     "replicate.sh": 195,
