@@ -73,6 +73,9 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
   train univla-clean-data_s0 $on ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run
   far_data && evaluate+=" --episodes 20" script=latbot.py
+  all="--data data/main --seed 0 --labelled-episodes all"
+  train no-latents-all $all --latents none --variant no-latents-all # can this policy do the tasks at all?
+  train latbot-all $all --variant latbot-all
   for seed in $seeds; do for budget in 2 8; do for clean in "" -clean; do
     [[ ! $clean || $seed == 0 ]] || continue
     on="--data data/main$clean --seed $seed --labelled-episodes $budget" run=$clean-${budget}_s$seed
@@ -81,20 +84,23 @@ latbot) # the same tasks; its labels train all stages, so that each budget is a 
     train split$run $on --action-weight 0
     train actions$run $on --latents undivided
     train latbot$run $on
-    [[ $clean ]] || train latbot-oracle$run $on --target embedding
+    [[ ! $clean ]] || continue
+    train latbot-oracle$run $on --target embedding
     train latbot-text-all$run $on --text all
+    train no-latents-text-all$run $on --latents none --text all
   done; done; done ;;
 motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
   collect --out data/motion
   script=latbot.py
   for seed in ${SEEDS:-0}; do for budget in all 8; do
     on="--data data/motion --seed $seed --labelled-episodes $budget --stages teacher" run=-${budget}_s$seed
-    for dim in 2 4 8 32; do
+    for dim in 2 4 8 32; do # of the motion latent beside 64 of the scene; of either; of one undivided latent
       train motion$dim$run $on --motion-dim $dim --variant motion$dim
-      train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim # d_mot = d_sce
+      train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim
       half="--motion-dim $((dim / 2)) --scene-dim $((dim / 2))"
       train undivided$dim$run $on --latents undivided $half --variant undivided$dim
     done
+    train undivided72$run $on --latents undivided --variant undivided72
     for weight in 0 0.1 10; do train weight$weight$run $on --action-weight $weight --variant weight$weight; done
   done; done ;;
 views) # what the FDM may see (DETAIL 4), probes alone; 512 and 64 episodes with the same held-out ones
