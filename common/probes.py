@@ -62,7 +62,7 @@ def labelled_probe(z: np.ndarray, a: np.ndarray, episode: np.ndarray) -> float |
     for number in episodes:
         out = episode == number
         error[out] = Ridge(z[~out], a[~out])(z[out]) - a[out]
-    return float(((error**2).mean(0) / a.var(0))[varies].mean())
+    return float(((error[:, varies] ** 2).mean(0) / a[:, varies].var(0)).mean())
 
 
 def state_probe(z_train: np.ndarray, s_train: np.ndarray, z_test: np.ndarray, s_test: np.ndarray) -> float:
