@@ -468,12 +468,11 @@ def encode(run: Run, teacher: Teacher, windows: Windows) -> Tensor:
     return torch.cat(latents)
 
 
-def parts_of(z: Tensor, args: Args) -> dict[str, Tensor]:
+def parts_of(z: Tensor | np.ndarray, args: Args) -> dict[str, Tensor | np.ndarray]:
     """{"scene", "motion"} of latents side by side, or the undivided one as {"latent"}."""
     if args.latents == "undivided":
         return {"latent": z}
-    scene, motion = z.split([args.scene_dim, args.motion_dim], 1)
-    return {"scene": scene, "motion": motion}
+    return {"scene": z[:, : args.scene_dim], "motion": z[:, args.scene_dim :]}
 
 
 def measure(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | None]:
@@ -499,11 +498,13 @@ def distilled(student: Student, windows: Windows, args: Args, latents: Tensor | 
     student.eval()
     data, result = windows.data, {}
     if latents is not None:
-        said = [student(data.frame(part), windows.task(part))[0] for part in chunks(data.held_out)]
-        said = parts_of(torch.cat(said).float(), args)
-        wanted = parts_of(latents[data.among(data.held_out)], args)
-        for name in said:
-            result[f"{name}_said_r2"] = r2_score(wanted[name].cpu().numpy(), said[name].cpu().numpy())
+        found = []
+        for _, _, rows in data.probes():  # of one task after the other
+            said = torch.cat([student(data.frame(part), windows.task(part))[0] for part in chunks(rows)])
+            wanted = parts_of(latents[data.among(rows)].cpu().numpy(), args)
+            pairs = zip(wanted.items(), parts_of(said.float().cpu().numpy(), args).values())
+            found.append({f"{name}_said_r2": r2_score(truth, guess) for (name, truth), guess in pairs})
+        result |= mean_over_tasks(found)
     losses, right = [], []
     for part in chunks(windows.named(data.held_out)):
         _, logits, targets = student(data.frame(part), windows.task(part), windows.subtask_of(part))
