@@ -224,6 +224,16 @@ done
 """
 
 
+@pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "paper"])
+def test_what_replicate_keeps_can_be_committed(scale):
+    """Else a new machine would not go on where another stopped."""
+    kept = f"results/{scale}/runs/name/rollouts.csv"
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--no-index", kept, "runs/name/lam.pt"], cwd=ROOT, capture_output=True
+    )
+    assert ignored.stdout.decode().split() == ["runs/name/lam.pt"]
+
+
 def test_replicate_paper_takes_the_view_that_the_labels_prefer(tmp_path):
     """What an encoder's FDM sees, by probes of its three views; LAPO on pixels stays as it is."""
     (tmp_path / "common").mkdir()
