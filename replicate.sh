@@ -30,7 +30,6 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
   collect --tasks $tasks $view --prompt best blind --out $data
   embed --tasks $tasks $view --prompt best blind --out $data
   collect --tasks $tasks $view --videos none --encoder none --out $data-clean
-  sees=z
   if [[ $scale == paper ]]; then # what each encoder's FDM is to see: by probes on the labelled episodes of one task
     for id in oracle ${ENCODERS:-}; do for sees in z target frame; do
       on="--data $data --tasks drawer-open --stages lam --lam-updates 5000 --encoder $(named $id)_best"
@@ -41,8 +40,8 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
   for seed in $seeds; do for task in ${TASKS:-$tasks}; do
     run=${task}_s$seed on="--tasks $task --seed $seed --labelled-episodes"
     for id in oracle ${ENCODERS:-}; do for prompt in best blind; do # blind: a prompt that names nothing
-      [[ $scale != paper ]] || sees=$(best_view view-$(named $id))
-      to="--encoder $(named $id)_$prompt --fdm-sees $sees"
+      to="--encoder $(named $id)_$prompt"
+      [[ $scale != paper ]] || to+=" --fdm-sees $(best_view view-$(named $id))"
       train lapo-$(named $id)-${prompt}_$run --data $data $on $budgets $to
     done; done
     for sees in z frame; do # LAPO's own FDM sees the frame o_t

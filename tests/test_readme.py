@@ -224,6 +224,14 @@ done
 """
 
 
+@pytest.mark.parametrize("scale", ["near", "main"])
+def test_replicate_lets_the_oracles_fdm_see_z_alone(scale):
+    """On every task: what LAPO's own FDM sees must not leak into the next task's runs."""
+    found = [flags for _, script, *flags in listed(scale) if "lapo-oracle-" in flags[-1]]
+    assert len(found) == {"near": 3, "main": 6}[scale] * 3 * 2
+    assert all("--fdm-sees" not in flags for flags in found)
+
+
 @pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "paper"])
 def test_what_replicate_keeps_can_be_committed(scale):
     """Else a new machine would not go on where another stopped."""
