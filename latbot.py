@@ -273,9 +273,8 @@ class Expert(nn.Module):
         """said: (N, D) by the student, of labelled frames."""
         for name in ("low", "scale", "levels"):
             getattr(self, name).copy_(torch.from_numpy(getattr(windows, name)))
-        scales = [common_std(part).expand(part.shape[1]) for part in parts_of(said, args).values()]
         self.said_mean.copy_(said.mean(0))
-        self.said_std.copy_(torch.cat(scales) + 1e-6)
+        self.said_std.copy_(scale_of(said, args) + 1e-6)
 
     def hear(self, said: Tensor) -> Tensor:
         """What is told to the expert of what the student says, standardised."""
@@ -352,8 +351,7 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         measured = measure(z, windows, args)
     run.finish("teacher", **measured)
     trained = z[data.among(data.train)]
-    scale = torch.cat([common_std(part).expand(part.shape[1]) for part in parts_of(trained, args).values()])
-    return (z - trained.mean(0)) / scale
+    return (z - trained.mean(0)) / scale_of(trained, args)
 
 
 def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None) -> Student:
@@ -369,8 +367,8 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
         loss = 0
         t = step.rng.choice(data.train, args.batch_size)[run.share]
         shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
-        said_rows = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
-        said_shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size // 4, 2))[run.share]
+        text_rows = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
+        text_shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size // 4, 2))[run.share]
         with run.autocast():
             if latents is not None:
                 first = random_shift(data.frame(t), run.tensor(shifts), args.max_shift)
@@ -379,8 +377,8 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
                 loss = loss + latent_loss + divergence
                 step.log(latent_loss=latent_loss, divergence=divergence)
             if windows.domain.subtasks:
-                first = random_shift(data.frame(said_rows), run.tensor(said_shifts), args.max_shift)
-                words = windows.task(said_rows), windows.subtask_of(said_rows)
+                first = random_shift(data.frame(text_rows), run.tensor(text_shifts), args.max_shift)
+                words = windows.task(text_rows), windows.subtask_of(text_rows)
                 _, logits, targets = student(first, *words)
                 text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
                 loss = loss + TEXT_WEIGHT * text_loss
@@ -475,6 +473,11 @@ def parts_of(z: Tensor | np.ndarray, args: Args) -> dict[str, Tensor | np.ndarra
     return {"scene": z[:, : args.scene_dim], "motion": z[:, args.scene_dim :]}
 
 
+def scale_of(z: Tensor, args: Args) -> Tensor:
+    """One standard deviation for all dimensions of a latent: (N, D) -> (D,)."""
+    return torch.cat([common_std(part).expand(part.shape[1]) for part in parts_of(z, args).values()])
+
+
 def measure(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | None]:
     """Action (mean over the chunk) and leak probes of each latent, a task at a time, mean over tasks."""
     found = []
@@ -485,10 +488,11 @@ def measure(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | 
             measured = probes.measure(*(z[name].double().cpu().numpy() for z in (train, held_out)))
             of_task |= {f"{name}_{probe}": measured[probe] for probe in PROBES}
         found.append(of_task)
-    measured, budget = mean_over_tasks(found), args.labelled_episodes[0]
+    measured, (budget,) = mean_over_tasks(found), args.labelled_episodes
     for name, part in parts_of(latents, args).items():
-        whole = partial(lambda part, rows: part[windows.data.among(rows)], part)
-        measured[f"{name}_labelled_probe_nmse"] = windows.data.probe_labelled(whole, budget)
+        read = partial(lambda part, rows: part[windows.data.among(rows)], part)
+        labelled = windows.data.probe_labelled(read, (budget,))
+        measured[f"{name}_labelled_probe_nmse"] = labelled[budget]
     return measured
 
 
@@ -499,7 +503,7 @@ def distilled(student: Student, windows: Windows, args: Args, latents: Tensor | 
     data, result = windows.data, {}
     if latents is not None:
         found = []
-        for _, _, rows in data.probes():  # of one task after the other
+        for rows in data.by_task(data.held_out):
             said = torch.cat([student(data.frame(part), windows.task(part))[0] for part in chunks(rows)])
             wanted = parts_of(latents[data.among(rows)].cpu().numpy(), args)
             pairs = zip(wanted.items(), parts_of(said.float().cpu().numpy(), args).values())
@@ -584,21 +588,19 @@ def default_variant(args: Args, data: Dataset) -> str:
     """latbot, latbot-oracle, latbot-text-all, split, actions, undivided, no-latents, ..., -clean-data."""
     names = {("split", True): "latbot", ("split", False): "split", ("undivided", True): "actions"}
     name = names.get((args.latents, args.action_weight > 0), "undivided")
-    embedding = data.embedding or {"name": ""}
+    teacher, embedding = args.latents != "none", data.embedding or {"name": ""}
+    if not teacher:
+        name = "no-latents"
     parts = {
-        f"-{embedding['name']}": args.target == "embedding",
-        f"-{args.target}": args.target in ("clean", "masked"),
-        "-z": args.fdm_sees == "z",
+        f"-{embedding['name']}": teacher and args.target == "embedding",
+        f"-{args.target}": teacher and args.target in ("clean", "masked"),
+        "-z": teacher and args.fdm_sees == "z",
         f"-text-{args.text}": args.text != "labelled",
         f"-{Path(args.backbone).name}": args.backbone != "tiny",
         "-motion": args.expert_sees == "motion",
-        "-trains": args.student == "trains",
+        "-trains": teacher and args.student == "trains",
         "-clean-data": data.undistracted,
     }
-    if args.latents == "none":
-        name = "no-latents"
-        for of_teacher in (f"-{embedding['name']}", f"-{args.target}", "-z", "-motion", "-trains"):
-            parts.pop(of_teacher, None)
     return name + "".join(part for part, holds in parts.items() if holds)
 
 

@@ -255,9 +255,11 @@ class Dataset:
 
         A task at a time, for probes of all of them at once would read the task off the latents.
         """
-        splits = (self.train, self.held_out)
-        tasks = range(len(self.tasks))
-        return [self.probes_of(*(rows[self.task[rows] == task] for rows in splits)) for task in tasks]
+        splits = zip(self.by_task(self.train), self.by_task(self.held_out))
+        return [self.probes_of(*rows) for rows in splits]
+
+    def by_task(self, rows: np.ndarray) -> list[np.ndarray]:
+        return [rows[self.task[rows] == task] for task in range(len(self.tasks))]
 
     def probes_of(self, train: np.ndarray, held_out: np.ndarray) -> tuple[Probes, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(1)
@@ -275,19 +277,21 @@ class Dataset:
             arrays["background"] = [self.background(split) for split in rows]
         return Probes(**arrays), *rows
 
-    def probe_labelled(self, encode: Callable[[np.ndarray], Tensor], budget: str) -> float | None:
-        """Action probe of the labelled episodes alone, a task at a time, mean over tasks: what may choose.
+    def probe_labelled(
+        self, encode: Callable[[np.ndarray], Tensor], budgets: tuple[str, ...]
+    ) -> dict[str, float | None]:
+        """{budget: action probe of its labelled episodes alone}, mean over tasks: what may choose.
 
         encode: transitions (N,) -> their latents (N, ...).
         """
-        rows = np.intersect1d(self.labelled(budget), self.transitions)
-        measured = []
-        for task in range(len(self.tasks)):
-            here = rows[self.task[rows] == task]
-            z = encode(here).flatten(1).double().cpu().numpy()
-            nmse = labelled_probe(z, self.mean_action(here), self.first[here])
-            measured.append({"nmse": nmse})
-        return mean_over_tasks(measured)["nmse"]
+        found = {}
+        for budget in budgets:
+            measured = []
+            for rows in self.by_task(np.intersect1d(self.labelled(budget), self.transitions)):
+                z = encode(rows).flatten(1).double().cpu().numpy()
+                measured.append({budget: labelled_probe(z, self.mean_action(rows), self.first[rows])})
+            found |= mean_over_tasks(measured)
+        return found
 
     def mean_action(self, rows: np.ndarray) -> np.ndarray:
         """The label of the action probe: mean action between the two frames, float64 (N, A)."""

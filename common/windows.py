@@ -38,9 +38,7 @@ class Windows:
         self.whole = np.intersect1d(self.labelled, data.train)  # rows with a whole chunk of them
         if not len(self.whole):
             fail(f"no labelled episode of {data.root} is longer than --span {span}")
-        self.said = (
-            data.train if text == "all" else self.whole
-        )  # rows whose sub-task the student learns to say
+        self.said = data.train if text == "all" else self.whole  # rows whose sub-task is learnt
         subtasks = [] if text == "none" else self.name_subtasks()
         instructions = [data.meta["instructions"][task] for task in data.tasks]
         self.domain = Domain(data.size, data.action_dim, instructions, subtasks)

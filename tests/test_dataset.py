@@ -221,13 +221,12 @@ def test_probe_of_the_labelled_episodes_alone(long_data):
     def mean_action(rows):
         return torch.from_numpy((actions[rows] + actions[rows + 1]) / GAP)
 
-    assert long_data.probe_labelled(mean_action, "3") < 0.01
-    assert long_data.probe_labelled(lambda rows: mean_action(rows)[:, :, None], "3") < 0.01, (
-        "codes, flattened"
-    )
+    found = long_data.probe_labelled(mean_action, ("1", "3"))
+    assert found["3"] < 0.01
+    assert found["1"] is None, "none is left to fit on"
+    assert long_data.probe_labelled(lambda rows: mean_action(rows)[:, :, None], ("3",))["3"] < 0.01
     episodes = torch.eye(10)
-    assert long_data.probe_labelled(lambda rows: episodes[long_data.episode[rows]], "3") > 0.95
-    assert long_data.probe_labelled(mean_action, "1") is None, "none is left to fit on"
+    assert long_data.probe_labelled(lambda rows: episodes[long_data.episode[rows]], ("3",))["3"] > 0.95
 
 
 def test_probes_of_the_change_of_state(long_data):
