@@ -86,6 +86,8 @@ class Args:
     """the same for stage 3"""
     weight_decay: float = 1e-2
     """weight decay of AdamW"""
+    lam_shift: int = 4
+    """random shifts of what the IDM sees in stage 1, in pixels (DETAIL 7)"""
     max_shift: int = 4
     """random shifts of stage 2, in pixels"""
     decoder_noise: float = 0.1
@@ -328,10 +330,11 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     for step in run.steps("lam", lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(data.train, args.batch_size)[run.share]
         k = step.rng.integers(1, args.idm_horizon + 1, args.batch_size)[run.share]
+        shift = run.random_shift(step.rng, args.batch_size, args.lam_shift)
         obs, future = data.observe(t), data.observe(np.minimum(t + k * gap, data.last[t]))
         target_now, target_next = data.target(t), data.target(t + gap)
         with run.autocast():
-            z = lam.idm(obs, future)
+            z = lam.idm(shift(obs), shift(future))
             change = lam.standardise(target_next - target_now)
             error = (lam.fdm(lam.context(obs, target_now), z) - change) ** 2
             if args.target == "masked":
@@ -341,7 +344,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
             loss = fdm_loss
             if args.supervision:
                 rows = step.rng.choice(labelled, args.batch_size)[run.share]
-                z_labelled = lam.idm(data.observe(rows), data.observe(rows + gap))
+                z_labelled = lam.idm(shift(data.observe(rows)), shift(data.observe(rows + gap)))
                 action_loss = F.mse_loss(lam.action_head(z_labelled), data.actions(rows))
                 loss = loss + args.supervision * action_loss
                 step.log(action_loss=action_loss)
@@ -388,8 +391,8 @@ def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Ten
 
     for step in run.steps("bc", policy, optimizer, schedule, args.bc_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
-        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
-        obs = random_shift(data.observe(rows[pick]), run.tensor(shifts), args.max_shift)
+        shift = run.random_shift(step.rng, args.batch_size, args.max_shift)
+        obs = shift(data.observe(rows[pick]))
         target = targets[run.tensor(pick)]
         with run.autocast():
             loss = F.mse_loss(policy(obs), target)
@@ -488,7 +491,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
+    at_least(0, args, "lam_shift", "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
     at_least(1, args, "latent_dim", "frame_gap", "idm_horizon", "frame_stack", "stem", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts")
     if not 0 < args.probe_fraction < 1:

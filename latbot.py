@@ -102,7 +102,7 @@ class Args:
     weight_decay: float = 1e-2
     """weight decay of AdamW"""
     max_shift: int = 4
-    """random shifts of the student's frames, in pixels"""
+    """random shifts of the frames of teacher and student, in pixels"""
     probe_fraction: float = 0.2
     """fraction of a task's episodes, the last ones, that no stage trains on: the probes are measured there"""
     device: str = "auto"
@@ -316,19 +316,21 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
     n = args.batch_size * 3 // 4 // WORLD  # windows of this rank whose target is predicted
 
     for step in run.steps("teacher", teacher, optimizer, schedule, args.teacher_updates):
-        t = step.rng.choice(data.train, args.batch_size * 3 // 4)[run.share]
-        labelled = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
-        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size // 4, 2))[run.share]
-        frames, task, change = windows.frames(t), windows.task(t), data.target(t + span) - data.target(t)
-        if args.action_weight:  # labelled windows are shifted, for they are few
-            shifted = random_shift(windows.frames(labelled).flatten(1, 2), run.tensor(shifts), args.max_shift)
-            frames = torch.cat([frames, shifted.unflatten(1, (args.frames, 3))])
-            task = torch.cat([task, windows.task(labelled)])
+        t = rows = step.rng.choice(data.train, args.batch_size * 3 // 4)[run.share]
+        if args.action_weight:
+            labelled = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
+            rows = np.concatenate([t, labelled])
+        shift = run.random_shift(step.rng, args.batch_size, args.max_shift)
+        frames = shift(windows.frames(rows).flatten(1, 2)).unflatten(1, (args.frames, 3))
+        change = (data.target(t + span) - data.target(t) - teacher.change_mean) / teacher.change_std
+        if change.ndim == 4:  # a picture
+            change = shift(change)
         with run.autocast():
-            predicted, actions = teacher.decoder(frames[:, 0], teacher.latents(frames, task))
-            error = (predicted[:n] - (change - teacher.change_mean) / teacher.change_std) ** 2
+            latents = teacher.latents(frames, windows.task(rows))
+            predicted, actions = teacher.decoder(frames[:, 0], latents)
+            error = (predicted[:n] - change) ** 2
             if args.target == "masked":
-                robot = data.segment(t + span, "robot")
+                robot = shift(data.segment(t + span, "robot"))
                 error = error * (robot / average(robot.mean()).clamp_min(1e-6))
             target_loss = error.mean()
             loss = target_loss
@@ -366,18 +368,16 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
     for step in run.steps("student", student, optimizer, schedule, args.student_updates):
         loss = 0
         t = step.rng.choice(data.train, args.batch_size)[run.share]
-        shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size, 2))[run.share]
         text_rows = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
-        text_shifts = step.rng.integers(0, 2 * args.max_shift + 1, (args.batch_size // 4, 2))[run.share]
+        shift = run.random_shift(step.rng, args.batch_size, args.max_shift)
         with run.autocast():
             if latents is not None:
-                first = random_shift(data.frame(t), run.tensor(shifts), args.max_shift)
-                said, _, _ = student(first, windows.task(t))
+                said, _, _ = student(shift(data.frame(t)), windows.task(t))
                 latent_loss, divergence = distillation(said, latents[data.among(t)], args)
                 loss = loss + latent_loss + divergence
                 step.log(latent_loss=latent_loss, divergence=divergence)
             if windows.domain.subtasks:
-                first = random_shift(data.frame(text_rows), run.tensor(text_shifts), args.max_shift)
+                first = shift(data.frame(text_rows))
                 words = windows.task(text_rows), windows.subtask_of(text_rows)
                 _, logits, targets = student(first, *words)
                 text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

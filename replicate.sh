@@ -21,8 +21,8 @@ far="--camera-distance 0.6 --size 96"
 tasks="door-open drawer-open drawer-close" six="$tasks button-press-topdown window-open window-close"
 case $scale in
 near | main | paper) # every method: three tasks and 64 px; six, 96 px, the camera 0.6 m farther away; all of MT10
-  view="" budgets="2 4 8" data=data/$scale
-  if [[ $scale == main ]]; then tasks=$six view=$far; fi
+  view="" budgets="2 4 8" data=data/$scale batch=""
+  if [[ $scale == main ]]; then tasks=$six view=$far batch="--batch-size 64"; fi
   if [[ $scale == paper ]]; then
     preset=paper evaluate="eval.py paper --media 0" budgets="16 32" tasks="$six reach push pick-place peg-insert-side"
     ENCODERS=${ENCODERS-allenai/Molmo-7B-D-0924} ENCODER_FLAGS=${ENCODER_FLAGS---trust-remote-code}
@@ -38,7 +38,7 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
     work
   fi
   for seed in $seeds; do for task in ${TASKS:-$tasks}; do
-    run=${task}_s$seed on="--tasks $task --seed $seed --labelled-episodes"
+    run=${task}_s$seed on="--tasks $task --seed $seed $batch --labelled-episodes"
     for id in oracle ${ENCODERS:-}; do for prompt in best blind; do # blind: a prompt that names nothing
       to="--encoder $(named $id)_$prompt"
       [[ $scale != paper ]] || to+=" --fdm-sees $(best_view view-$(named $id))"

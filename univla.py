@@ -16,6 +16,7 @@ After Bu et al., arXiv 2505.06111; where this departs: docs/univla.md.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,8 @@ class Args:
     """transitions an update of stages 1 and 2"""
     lam_lr: float = 1e-3
     """peak learning rate of stages 1 and 2, AdamW under a one-cycle schedule"""
+    lam_shift: int = 4
+    """random shifts of a transition's frames in stages 1 and 2, in pixels"""
     widths: tuple[int, ...] = (32, 64)
     """channels of the policy's convolutional blocks"""
     res_blocks: int = 1
@@ -248,10 +251,12 @@ class LAM(nn.Module):
             return self.mean.new_zeros(len(rows), 0, self.encoder.project.out_features)
         return self.instruction(self.tokens[0].text(rows))
 
-    def see(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D)."""
+    def see(
+        self, rows: np.ndarray, shift: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D); of shifted frames."""
         (tokens,) = self.tokens
-        now, after = tokens.patches(rows), tokens.patches(rows + tokens.data.frame_gap)
+        now, after = tokens.patches(rows, shift), tokens.patches(rows + tokens.data.frame_gap, shift)
         change = (after - now - self.change_mean) / self.change_std
         return (now - self.mean) / self.std, (after - self.mean) / self.std, change
 
@@ -281,7 +286,7 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 
     for step in run.steps(stage, lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(tokens.data.train, args.lam_batch)[run.share]
-        now, after, change = lam.see(t)
+        now, after, change = lam.see(t, run.random_shift(step.rng, args.lam_batch, args.lam_shift))
         with run.autocast():
             instruction = lam.read(t)
             latents = lam.latents(now, after, change, instruction)
@@ -414,7 +419,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "seed", "res_blocks")
+    at_least(0, args, "lam_shift", "seed", "res_blocks")
     at_least(1, args, "frame_gap", "codes", "code_dim", "width", "heads", "stem", "lam_batch", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates")
     at_least(2, args, "codebook")

@@ -28,6 +28,9 @@ def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {wanted} can not be used: {str(error).splitlines()[0]}")
 
+    if device.type == "cpu":  # flash attention's gradient is slow there; this switch is not CUDA's alone
+        torch.backends.cuda.enable_flash_sdp(False)
+
     why = "--dtype"
     if precision == "auto" and has_bfloat16(device):
         precision, why = "bfloat16", "the hardware has it"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from common import differences, fail
+from common.dataset import random_shift
 from common.device import average
 from common.records import Log, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
 from common.shards import RANK, WORLD, lock_folder, read_json, write_json
@@ -116,6 +117,11 @@ class Run:
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+    def random_shift(self, rng: np.random.Generator, batch: int, pad: int) -> Callable[[Tensor], Tensor]:
+        """What moves each frame (B, C, H, W) by up to `pad` pixels; always alike, and for B or fewer rows."""
+        shifts = self.tensor(rng.integers(0, 2 * pad + 1, (batch, 2))[self.share])
+        return lambda frames: random_shift(frames, shifts[: len(frames)], pad)
 
     def steps(
         self, stage: str, module: nn.Module, optimizer: Optimizer, schedule: LRScheduler, updates: int
