@@ -330,7 +330,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     for step in run.steps("lam", lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(data.train, args.batch_size)[run.share]
         k = step.rng.integers(1, args.idm_horizon + 1, args.batch_size)[run.share]
-        shift = run.random_shift(step.rng, args.batch_size, args.lam_shift)
+        shift = run.draw_shift(step.rng, args.batch_size, args.lam_shift)
         obs, future = data.observe(t), data.observe(np.minimum(t + k * gap, data.last[t]))
         target_now, target_next = data.target(t), data.target(t + gap)
         with run.autocast():
@@ -391,7 +391,7 @@ def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Ten
 
     for step in run.steps("bc", policy, optimizer, schedule, args.bc_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
-        shift = run.random_shift(step.rng, args.batch_size, args.max_shift)
+        shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
         obs = shift(data.observe(rows[pick]))
         target = targets[run.tensor(pick)]
         with run.autocast():

@@ -313,14 +313,13 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
     data, span = windows.data, args.span
     teacher = Teacher(windows, args).to(run.device)
     optimizer, schedule = one_cycle(teacher, args.lr, args.weight_decay, args.teacher_updates)
-    n = args.batch_size * 3 // 4 // WORLD  # windows of this rank whose target is predicted
 
     for step in run.steps("teacher", teacher, optimizer, schedule, args.teacher_updates):
         t = rows = step.rng.choice(data.train, args.batch_size * 3 // 4)[run.share]
         if args.action_weight:
             labelled = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
-            rows = np.concatenate([t, labelled])
-        shift = run.random_shift(step.rng, args.batch_size, args.max_shift)
+            rows = np.concatenate([t, labelled])  # behind t: those with actions
+        shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
         frames = shift(windows.frames(rows).flatten(1, 2)).unflatten(1, (args.frames, 3))
         change = (data.target(t + span) - data.target(t) - teacher.change_mean) / teacher.change_std
         if change.ndim == 4:  # a picture
@@ -328,7 +327,7 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         with run.autocast():
             latents = teacher.latents(frames, windows.task(rows))
             predicted, actions = teacher.decoder(frames[:, 0], latents)
-            error = (predicted[:n] - change) ** 2
+            error = (predicted[: len(t)] - change) ** 2
             if args.target == "masked":
                 robot = shift(data.segment(t + span, "robot"))
                 error = error * (robot / average(robot.mean()).clamp_min(1e-6))
@@ -336,8 +335,9 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
             loss = target_loss
             if args.action_weight:
                 motion, gripper = windows.chunk(labelled)
-                motion_loss = F.mse_loss(actions[n:, :, :-1], motion)
-                gripper_loss = F.binary_cross_entropy_with_logits(actions[n:, :, -1].float(), gripper)
+                actions = actions[len(t) :]
+                motion_loss = F.mse_loss(actions[:, :, :-1], motion)
+                gripper_loss = F.binary_cross_entropy_with_logits(actions[:, :, -1].float(), gripper)
                 loss = loss + args.action_weight * (motion_loss + gripper_loss)
                 step.log(motion_loss=motion_loss, gripper_loss=gripper_loss)
         optimizer.zero_grad()
@@ -369,7 +369,7 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
         loss = 0
         t = step.rng.choice(data.train, args.batch_size)[run.share]
         text_rows = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
-        shift = run.random_shift(step.rng, args.batch_size, args.max_shift)
+        shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
         with run.autocast():
             if latents is not None:
                 said, _, _ = student(shift(data.frame(t)), windows.task(t))

@@ -286,7 +286,7 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 
     for step in run.steps(stage, lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(tokens.data.train, args.lam_batch)[run.share]
-        now, after, change = lam.see(t, run.random_shift(step.rng, args.lam_batch, args.lam_shift))
+        now, after, change = lam.see(t, run.draw_shift(step.rng, args.lam_batch, args.lam_shift))
         with run.autocast():
             instruction = lam.read(t)
             latents = lam.latents(now, after, change, instruction)

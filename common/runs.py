@@ -118,8 +118,8 @@ class Run:
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def random_shift(self, rng: np.random.Generator, batch: int, pad: int) -> Callable[[Tensor], Tensor]:
-        """What moves each frame (B, C, H, W) by up to `pad` pixels; always alike, and for B or fewer rows."""
+    def draw_shift(self, rng: np.random.Generator, batch: int, pad: int) -> Callable[[Tensor], Tensor]:
+        """`random_shift` with this rank's shifts of a batch: row i moves alike in every call."""
         shifts = self.tensor(rng.integers(0, 2 * pad + 1, (batch, 2))[self.share])
         return lambda frames: random_shift(frames, shifts[: len(frames)], pad)
 

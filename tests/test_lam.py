@@ -88,8 +88,9 @@ def rows_of(folder: Path, stage: str = "") -> list[dict]:
 
 
 def test_the_idm_never_sees_over_its_episodes_end(new_run, monkeypatch):
-    flags = dict(batch_size=400, target="pixels", lam_updates=1, lam_shift=0, stages=("lam",))
-    run, data, args = new_run(idm_horizon=3, **flags)
+    run, data, args = new_run(
+        idm_horizon=3, batch_size=400, target="pixels", lam_updates=1, lam_shift=0, stages=("lam",)
+    )
     seen, forward = [], lam_vlm.IDM.forward
 
     def watch(idm: lam_vlm.IDM, obs: Tensor, future: Tensor) -> Tensor:
@@ -249,19 +250,14 @@ def test_the_checkpoint_carries_the_scale_of_the_latents(new_run):
 @pytest.mark.parametrize("target", TARGETS)
 def test_one_batch_can_be_learnt_by_heart(tiny_data, new_run, target):
     """In every stage, on real frames: what a bug in gradient, shapes or pairing prevents."""
-    network = dict(widths=(16, 32), stem=4, fdm_hidden=64, latent_dim=8)
-    plain = dict(decoder_noise=0.0, lam_shift=0, max_shift=0)
+    network = dict(
+        widths=(16, 32), stem=4, fdm_hidden=64, latent_dim=8, decoder_noise=0.0, lam_shift=0, max_shift=0
+    )
     updates = dict(
         lam_updates=150, bc_updates=150, decoder_updates=150, lr=5e-3, decoder_lr=5e-3, batch_size=8
     )
     run, data, args = new_run(
-        data=tiny_data,
-        encoder="oracle_best",
-        target=target,
-        labelled_episodes=("2",),
-        **network,
-        **plain,
-        **updates,
+        data=tiny_data, encoder="oracle_best", target=target, labelled_episodes=("2",), **network, **updates
     )
     data.train = data.train[[5, 40, 90, 150]]
     data.labelled = lambda budget: data.train

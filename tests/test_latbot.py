@@ -1,6 +1,7 @@
 """latbot.py: words, masks, normalisation, flow, stages; on made-up data."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from made_up import SIZE, make_data
 import latbot
 from common import runs
 from common.backbones import VLMBackbone, spatial_entropy
-from common.dataset import to_float
+from common.dataset import random_shift, to_float
 from common.tasks import language_motion
 
 SMALL = "--motion-dim 3 --scene-dim 5 --frames 3 --span 4 --tokens 2 --width 16 --heads 2 --blocks 1"
@@ -353,13 +354,8 @@ def test_the_teachers_frames_and_target_are_shifted_alike(new_run, target):
     teacher = latbot.Teacher(windows, args)
     rng = np.random.default_rng([args.seed, 1, 0])
     t = rng.choice(data.train, 6)
-    shifts = rng.integers(0, 2 * args.max_shift + 1, (8, 2))
-
-    def shifted(pictures: torch.Tensor) -> torch.Tensor:
-        padded = np.pad(pictures.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="edge")
-        moved = [picture[:, y : y + SIZE, x : x + SIZE] for picture, (y, x) in zip(padded, shifts)]
-        return torch.from_numpy(np.stack(moved))
-
+    shifts = torch.from_numpy(rng.integers(0, 2 * args.max_shift + 1, (8, 2)))[:6]
+    shifted = partial(random_shift, shifts=shifts, pad=args.max_shift)
     frames = [shifted(data.frame(t + ahead)) for ahead in (0, 2, 4)]
     change = to_float(frames[2]) - to_float(frames[0])
     with torch.no_grad():

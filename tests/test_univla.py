@@ -231,7 +231,7 @@ def test_both_frames_of_a_transition_are_shifted_alike(new_run):
     lam, rows = univla.LAM(tokens, args), tokens.data.train[:6]
     still = tokens.data.frame(rows)
     tokens.data.frame = lambda rows: still
-    shift = run.random_shift(np.random.default_rng(0), 6, args.lam_shift)
+    shift = run.draw_shift(np.random.default_rng(0), 6, args.lam_shift)
     assert not torch.equal(shift(still), still) and torch.equal(shift(still)[:3], shift(still[:3]))
     now, after, change = lam.see(rows, shift)
     assert torch.equal(now, after) and torch.equal(now, (tokens.features(shift(still)) - lam.mean) / lam.std)
@@ -302,9 +302,8 @@ def test_stage_1_leaves_to_the_instruction_what_it_says(new_run, tmp_path):
     root = draw_toy(tmp_path / "toy")
     found, losses = {}, {}
     for text in ("words", "none"):
-        flags = (
-            "--codes 1 --codebook 4 --width 32 --lam-updates 500 --lam-batch 32 --lam-lr 3e-3 --lam-shift 0"
-        )
+        flags = "--codes 1 --codebook 4 --width 32 --lam-updates 500 --lam-batch 32 --lam-lr 3e-3"
+        flags += " --lam-shift 0"
         run, tokens, args = new_run(
             *flags.split(), "--frame-gap", 1, "--text", text, "--labelled-episodes", 1, data=root
         )
