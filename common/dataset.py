@@ -383,9 +383,10 @@ def random_shift(frames: Tensor, shifts: Tensor, pad: int) -> Tensor:
     b, c, h, w = frames.shape
     y = (torch.arange(h, device=frames.device) + shifts[:, :1] - pad).clamp(0, h - 1)  # (B, H)
     x = (torch.arange(w, device=frames.device) + shifts[:, 1:] - pad).clamp(0, w - 1)
-    batch = torch.arange(b, device=frames.device)[:, None, None]
-    shifted = frames.permute(0, 2, 3, 1)[batch, y[:, :, None], x[:, None, :]]  # (B, H, W, C)
-    return shifted.permute(0, 3, 1, 2)
+    first = h * torch.arange(b, device=frames.device)[:, None, None]
+    pixel = (first + y[:, :, None]) * w + x[:, None, :]  # (B, H, W), among all pixels of the batch
+    shifted = frames.permute(0, 2, 3, 1).reshape(-1, c).index_select(0, pixel.flatten())
+    return shifted.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 class Moments:
