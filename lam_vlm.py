@@ -86,8 +86,8 @@ class Args:
     """the same for stage 3"""
     weight_decay: float = 1e-2
     """weight decay of AdamW"""
-    lam_shift: int = 4
-    """random shifts of what the IDM sees in stage 1, in pixels (DETAIL 7)"""
+    lam_shift: int = 0
+    """random shifts of what the IDM sees in stage 1, in pixels; DETAIL 7 says when they help"""
     max_shift: int = 4
     """random shifts of stage 2, in pixels"""
     decoder_noise: float = 0.1
