@@ -86,10 +86,8 @@ class Args:
     """the same for stage 3"""
     weight_decay: float = 1e-2
     """weight decay of AdamW"""
-    lam_shift: int = 0
-    """random shifts of what the IDM sees in stage 1, in pixels; DETAIL 7 says when they help"""
     max_shift: int = 4
-    """random shifts of stage 2, in pixels"""
+    """random shifts of the frames of stages 2 and 3, in pixels (DETAIL 7)"""
     decoder_noise: float = 0.1
     """Gaussian noise on the decoder's input, in units of the latents' std"""
     decoder_shifts: int = 8
@@ -231,7 +229,6 @@ class PictureFDM(nn.Module):
         self.decoder = nn.Sequential(*layers)
 
     def forward(self, context: Tensor, z: Tensor) -> Tensor:
-        context = context.expand(-1, -1, self.side, self.side)
         z = z[:, :, None, None].expand(-1, -1, self.side, self.side)
         return self.decoder(self.mix(torch.cat([context, z], 1)))
 
@@ -261,7 +258,7 @@ class LAM(nn.Module):
                 self.view = ConvEncoder(frame_channels, args.fdm_hidden, data.size, args)
         else:
             self.fdm = PictureFDM(data.size, args)
-            start = torch.randn(args.widths[-1], 1, 1)
+            start = torch.randn(args.widths[-1], self.fdm.side, self.fdm.side)
             if args.fdm_sees == "target":
                 self.view = ConvNet(3, args)
             elif args.fdm_sees == "frame":
@@ -272,7 +269,7 @@ class LAM(nn.Module):
             self.action_head = nn.Linear(args.latent_dim, data.action_dim)
 
     def context(self, obs: Tensor, target_now: Tensor) -> Tensor:
-        """What the FDM sees besides z: a learned start vector, the target at t, or o_t."""
+        """What the FDM sees besides z: a learned start (for pictures a map), the target at t, or o_t."""
         if self.fdm_sees == "z":
             return self.start.expand(len(obs), *self.start.shape)
         if self.fdm_sees == "target":
@@ -330,11 +327,10 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     for step in run.steps("lam", lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(data.train, args.batch_size)[run.share]
         k = step.rng.integers(1, args.idm_horizon + 1, args.batch_size)[run.share]
-        shift = run.draw_shift(step.rng, args.batch_size, args.lam_shift)
         obs, future = data.observe(t), data.observe(np.minimum(t + k * gap, data.last[t]))
         target_now, target_next = data.target(t), data.target(t + gap)
         with run.autocast():
-            z = lam.idm(shift(obs), shift(future))
+            z = lam.idm(obs, future)
             change = lam.standardise(target_next - target_now)
             error = (lam.fdm(lam.context(obs, target_now), z) - change) ** 2
             if args.target == "masked":
@@ -344,7 +340,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
             loss = fdm_loss
             if args.supervision:
                 rows = step.rng.choice(labelled, args.batch_size)[run.share]
-                z_labelled = lam.idm(shift(data.observe(rows)), shift(data.observe(rows + gap)))
+                z_labelled = lam.idm(data.observe(rows), data.observe(rows + gap))
                 action_loss = F.mse_loss(lam.action_head(z_labelled), data.actions(rows))
                 loss = loss + args.supervision * action_loss
                 step.log(action_loss=action_loss)
@@ -491,7 +487,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "lam_shift", "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
+    at_least(0, args, "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
     at_least(1, args, "latent_dim", "frame_gap", "idm_horizon", "frame_stack", "stem", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts")
     if not 0 < args.probe_fraction < 1:

@@ -44,13 +44,12 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
       [[ $scale != paper ]] || to+=" --fdm-sees $(best_view view-$(named $id))"
       train lapo-$(named $id)-${prompt}_$run --data $data $on $budgets $to
     done; done
-    to="--lam-shift 4 --target" # DETAIL 7: pictures are learnt by heart without
     for sees in z frame; do # LAPO's own FDM sees the frame o_t
-      train lapo-${sees}_$run --data $data $on $budgets $to pixels --fdm-sees $sees
-      train lapo-clean-data-${sees}_$run --data $data-clean $on $budgets $to pixels --fdm-sees $sees
+      train lapo-${sees}_$run --data $data $on $budgets --target pixels --fdm-sees $sees
+      train lapo-clean-data-${sees}_$run --data $data-clean $on $budgets --target pixels --fdm-sees $sees
     done
-    train lapo-clean-target_$run --data $data $on $budgets $to clean
-    train masklam_$run --data $data $on $budgets $to masked
+    train lapo-clean-target_$run --data $data $on $budgets --target clean
+    train masklam_$run --data $data $on $budgets --target masked
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
 univla) # one model of the six tasks of main, of each method; 20 test episodes a task
@@ -64,11 +63,11 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
     train univla-ti_s$seed $on 2 4 8 --cloned ti
     script=lam_vlm.py
     train lapo-oracle-pooled_s$seed $on 2 4 8 --variant lapo-oracle-pooled
-    train lapo-pooled_s$seed $on 2 4 8 --lam-shift 4 --target pixels --variant lapo-pooled
+    train lapo-pooled_s$seed $on 2 4 8 --target pixels --variant lapo-pooled
     for few in 2 4 8; do train bc-few-pooled-${few}_s$seed $on $few --method bc --variant bc-few-pooled; done
   done
   on="--data data/main-clean --seed 0 --lam-updates 3000 --bc-updates 3000 --labelled-episodes 2 4 8"
-  train lapo-pooled-clean-data_s0 $on --lam-shift 4 --target pixels --variant lapo-pooled-clean-data
+  train lapo-pooled-clean-data_s0 $on --target pixels --variant lapo-pooled-clean-data
   script=univla.py
   train univla-clean-data_s0 $on ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run

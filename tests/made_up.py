@@ -32,7 +32,6 @@ FLAGS = dict(
     lr=1e-3,
     decoder_lr=1e-3,
     weight_decay=1e-2,
-    lam_shift=2,
     max_shift=2,
     decoder_noise=0.1,
     decoder_shifts=2,
