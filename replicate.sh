@@ -53,9 +53,9 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
 univla) # one model of the six tasks of main, of each method; 20 test episodes a task
-  far_data && evaluate+=" --episodes 20"
+  far_data && evaluate+=" --episodes 20" updates="--lam-updates 3000 --bc-updates 3000 --batch-size 64"
   for seed in $seeds; do
-    on="--data data/main --seed $seed --lam-updates 3000 --bc-updates 3000 --labelled-episodes"
+    on="--data data/main --seed $seed $updates --labelled-episodes"
     script=univla.py
     train univla_s$seed $on 2 4 8
     train univla-z_s$seed $on 2 4 8 --fdm-sees z
@@ -66,7 +66,7 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
     train lapo-pooled_s$seed $on 2 4 8 --target pixels --variant lapo-pooled
     for few in 2 4 8; do train bc-few-pooled-${few}_s$seed $on $few --method bc --variant bc-few-pooled; done
   done
-  on="--data data/main-clean --seed 0 --lam-updates 3000 --bc-updates 3000 --labelled-episodes 2 4 8"
+  on="--data data/main-clean --seed 0 $updates --labelled-episodes 2 4 8"
   train lapo-pooled-clean-data_s0 $on --target pixels --variant lapo-pooled-clean-data
   script=univla.py
   train univla-clean-data_s0 $on ;;
@@ -109,7 +109,7 @@ views) # what the FDM may see (DETAIL 4), probes alone; 512 and 64 episodes with
       on="--data data/views$noise --tasks $task --train-episodes $episodes --frame-gap $gap --stages lam"
       for sees in z target frame; do for target in embedding clean; do
         run=$target-$sees-$episodes-noise$noise-gap$gap
-        train ${run}_$task $on --fdm-sees $sees --target $target --lam-updates 2000 --variant $run
+        train ${run}_$task $on --fdm-sees $sees --target $target --batch-size 64 --lam-updates 2000 --variant $run
       done; done
     done; done; done
   done ;;
