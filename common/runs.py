@@ -120,8 +120,6 @@ class Run:
 
     def draw_shift(self, rng: np.random.Generator, batch: int, pad: int) -> Callable[[Tensor], Tensor]:
         """`random_shift` with this rank's shifts of a batch: row i moves alike in every call."""
-        if pad == 0:
-            return lambda frames: frames
         shifts = self.tensor(rng.integers(0, 2 * pad + 1, (batch, 2))[self.share])
         return lambda frames: random_shift(frames, shifts[: len(frames)], pad)
 
