@@ -143,7 +143,7 @@ PAPER = Args(
 PRESETS = {"quick": QUICK, "paper": PAPER}
 PROBES = ("action_probe_nmse", "leak_probe_r2")
 TEXT_WEIGHT = 0.5  # of the sub-task's next-token loss (published)
-COPIES = 8  # randomly shifted copies of each labelled frame that the expert is trained on
+COPIES = 8  # randomly shifted copies of a labelled frame that the expert is trained on; of 50 000 frames one
 SAID_NOISE = 0.1  # Gaussian noise on what the student says, for the expert, in units of its std
 
 
@@ -413,7 +413,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     torch.manual_seed(args.seed + 2)
     trains = args.latents == "none" or args.student == "trains"
     expert = Expert(student, windows.domain, args).to(run.device)
-    rows = np.tile(windows.labelled, COPIES)
+    rows = np.tile(windows.labelled, max(1, min(COPIES, 50_000 // len(windows.labelled))))
     shifts = np.random.default_rng([args.seed, 4]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))
 
     def say(pick: np.ndarray) -> Tensor:
@@ -422,8 +422,11 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
             said, _, _ = expert.student(first, windows.task(rows[pick]))
         return said.float()
 
+    some = np.arange(len(rows))
+    if trains:  # what it says will change: for the scale alone
+        some = some[:: max(1, len(rows) // 10_000)]
     with torch.no_grad():
-        said = torch.cat([say(part) for part in chunks(np.arange(len(rows)))])
+        said = torch.cat([say(part) for part in chunks(some)])
     expert.set_scale(windows, said, args)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)

@@ -53,7 +53,7 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
 univla) # one model of the six tasks of main, of each method; 20 test episodes a task
-  far_data && evaluate+=" --episodes 20" updates="--lam-updates 3000 --bc-updates 3000 --batch-size 64"
+  far_data && evaluate+=" --episodes 20" updates="--lam-updates 2000 --bc-updates 6000 --batch-size 64"
   for seed in $seeds; do
     on="--data data/main --seed $seed $updates --labelled-episodes"
     script=univla.py
@@ -71,13 +71,13 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
   script=univla.py
   train univla-clean-data_s0 $on ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run
-  far_data && evaluate+=" --episodes 20" script=latbot.py
-  all="--data data/main --seed 0 --labelled-episodes all"
+  far_data && evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
+  all="--data data/main --seed 0 $stem --labelled-episodes all"
   train no-latents-all $all --latents none --variant no-latents-all # can this policy do the tasks at all?
   train latbot-all $all --variant latbot-all
   for seed in $seeds; do for budget in 2 8; do for clean in "" -clean; do
     [[ ! $clean || $seed == 0 ]] || continue
-    on="--data data/main$clean --seed $seed --labelled-episodes $budget" run=$clean-${budget}_s$seed
+    on="--data data/main$clean --seed $seed $stem --labelled-episodes $budget" run=$clean-${budget}_s$seed
     train no-latents$run $on --latents none
     train undivided$run $on --latents undivided --action-weight 0
     train split$run $on --action-weight 0
