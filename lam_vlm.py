@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from common import at_least, fail, parse
 from common.actor import Actor, read_policy_run
-from common.dataset import Dataset, chunks, common_std, random_shift, to_float
+from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
 from common.device import average, average_gradients, pick_device
 from common.probes import mean_over_tasks
 from common.records import default_folder, load_weights
@@ -356,8 +356,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
             step.log(**measured)
 
     if not run.finished("lam"):
-        sample = data.train[:: max(1, len(data.train) // 10_000)]
-        lam.latent_std.copy_(common_std(encode(lam, data, sample)))
+        lam.latent_std.copy_(common_std(encode(lam, data, thinned(data.train))))
     run.finish("lam", **measured)
     return lam
 

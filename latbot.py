@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from common import at_least, fail, parse
 from common.actor import read_policy_run
 from common.backbones import TinyBackbone, VLMBackbone, spatial_entropy
-from common.dataset import Dataset, chunks, common_std, random_shift, to_float
+from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
 from common.device import average, average_gradients, pick_device
 from common.figures import plot_attention
 from common.probes import mean_over_tasks, r2_score
@@ -143,7 +143,7 @@ PAPER = Args(
 PRESETS = {"quick": QUICK, "paper": PAPER}
 PROBES = ("action_probe_nmse", "leak_probe_r2")
 TEXT_WEIGHT = 0.5  # of the sub-task's next-token loss (published)
-COPIES = 8  # randomly shifted copies of a labelled frame that the expert is trained on; of 50 000 frames one
+COPIES = 8  # at most: randomly shifted copies of each labelled frame that the expert is trained on
 SAID_NOISE = 0.1  # Gaussian noise on what the student says, for the expert, in units of its std
 
 
@@ -424,7 +424,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
 
     some = np.arange(len(rows))
     if trains:  # what it says will change: for the scale alone
-        some = some[:: max(1, len(rows) // 10_000)]
+        some = thinned(some)
     with torch.no_grad():
         said = torch.cat([say(part) for part in chunks(some)])
     expert.set_scale(windows, said, args)
