@@ -378,7 +378,9 @@ class Renderer:
 
     def _draw(self, data: mujoco.MjData, categories: int) -> None:
         self._update(data, categories)
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = categories != self.MOVING  # the fixed layer has it
         mujoco.mjr_render(self.rect, self.scene, self.context)
+        self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 1
         mujoco.mjr_readPixels(self.rgb, self.depth, self.rect, self.context)
 
     def _upright(self, picture: np.ndarray) -> np.ndarray:
