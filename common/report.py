@@ -134,7 +134,7 @@ def comparison_section(table: list[dict]) -> str:
     if not lines:
         return ""
     header = ["method", "against", "labelled", "IQM: ratio", "difference", "mean: ratio", "difference"]
-    text = "## Against lapo and bc-few\n\n" + markdown_table([*header, "P(better)"], lines)
+    text = "## Against the baselines\n\n" + markdown_table([*header, "P(better)"], lines)
     text += "Both methods' runs are resampled independently; a ratio over 0 is left out.\n"
     text += "P(better): probability that a run of the method beats one of the other on the same task.\n\n"
     return text

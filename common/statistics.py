@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 REPS = 50_000  # bootstrap replicates
-BASELINES = ("lapo", "bc-few", "lapo-pooled", "bc-few-pooled")  # methods that the others are compared with
+# Methods that the others are compared with, and each of these with those after it.
+BASELINES = ("lapo", "lapo-frame", "bc-few", "no-latents", "lapo-pooled", "bc-few-pooled")
 
 
 def checked(scores: ArrayLike, tasks: Sequence[str] | None = None) -> np.ndarray:
@@ -180,13 +181,11 @@ def compare(table: list[dict]) -> list[dict]:
     its CI; win_rate with its CI.
     """
     rows = []
-    for base in BASELINES:
+    for index, base in enumerate(BASELINES):
         for y in table:
             for x in table:
                 same = x["labelled"] == y["labelled"] and x["tasks"] == y["tasks"]
-                if y["method"] != base or x["method"] == base or not same:
-                    continue
-                if x["method"].startswith("bc-few") and base.startswith("lapo"):  # as lapo against bc-few
+                if y["method"] != base or x["method"] in BASELINES[index:] or not same:
                     continue
                 rows.append({"method": x["method"], "base": base, "labelled": x["labelled"], **versus(x, y)})
     return rows

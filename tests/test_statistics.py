@@ -228,12 +228,14 @@ def test_table_of_pooled_runs_resamples_whole_runs():
     assert apart["mean_ci"][0] > 0.1 and apart["mean_ci"][1] < 0.9
 
 
-def test_comparison_with_lapo_and_bc_few():
+def test_comparison_with_the_baselines():
     lapo, oracle, few = [[0.2, 0.0], [0.4, 0.2]], [[0.8, 0.6], [1.0, 0.6]], [[0.0, 0.0], [0.0, 0.0]]
     rows = rows_of("lapo", lapo) + rows_of("lapo-oracle", oracle) + rows_of("bc-few", few)
     rows += rows_of("bc-all", [[1.0, 1.0]], "all") + rows_of("other-tasks", [[1.0]], tasks="a")
+    rows += rows_of("lapo-frame", few)
     found = {(row["method"], row["base"]): row for row in compare(summarise(rows, "success", []))}
-    assert set(found) == {("lapo-oracle", "lapo"), ("lapo-oracle", "bc-few"), ("lapo", "bc-few")}
+    of_oracle = {("lapo-oracle", base) for base in ("lapo", "lapo-frame", "bc-few")}
+    assert set(found) == of_oracle | {("lapo", "lapo-frame"), ("lapo", "bc-few"), ("lapo-frame", "bc-few")}
     row = found["lapo-oracle", "lapo"]
     assert row["iqm_ratio"] == pytest.approx(0.7 / 0.2) and row["iqm_difference"] == pytest.approx(0.5)
     assert row["mean_ratio"] == pytest.approx(0.75 / 0.2) and row["mean_difference"] == pytest.approx(0.55)
