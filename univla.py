@@ -31,7 +31,7 @@ import lam_vlm
 from common import at_least, fail, parse
 from common.actor import Actor, read_policy_run
 from common.backbones import transformer
-from common.codebook import Codebook, perplexity, shares
+from common.codebook import Codebook, LatentNorm, perplexity, shares
 from common.dataset import Dataset, chunks, common_std
 from common.device import average_gradients, pick_device
 from common.probes import mean_over_tasks
@@ -139,7 +139,7 @@ PAPER = Args(
     probe_fraction=0.02,
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
-WARMUP = 0.2  # share of the updates of stages 1 and 2 before latents are quantised
+WARMUP = 0.2  # share of the updates of stages 1 and 2 before the latents of the new set are quantised
 LAST_RESTART = 0.8  # share of the updates up to which entries that died start again
 CLIP = 0.1  # bound of the gradient's norm in stages 1 and 2
 WEIGHT_DECAY = 1e-2
@@ -242,6 +242,8 @@ class LAM(nn.Module):
             self.books["ti"].load_state_dict(stage_1.books["ti"].state_dict())
             self.books["ti"].requires_grad_(False)
             self.queries["ti"].data.copy_(stage_1.queries["ti"])
+            some = tokens.data.train[:: len(tokens.data.train) // 1000 + 1]
+            self.norm = LatentNorm(encode(stage_1, some)["ti"])
         elif args.text != "none":
             self.instruction = Instruction(tokens, args.width)
 
@@ -265,13 +267,25 @@ class LAM(nn.Module):
         queries = torch.cat(list(self.queries.values()))
         states = self.encoder(now, after, change, queries, instruction).float().chunk(len(self.heads), 1)
         with torch.autocast(now.device.type, enabled=False):  # codes are not to depend on the arithmetic
-            return {name: head(state) for (name, head), state in zip(self.heads.items(), states)}
+            latents = {name: head(state) for (name, head), state in zip(self.heads.items(), states)}
+            if "tc" in latents:
+                latents["ti"] = self.norm(latents["ti"])
+        return latents
 
-    def quantise(self, latents: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Entries of each set; codebook and commitment loss of all (a frozen codebook's is a constant)."""
-        found = {name: book(latents[name]) for name, book in self.books.items()}
-        entries, codebook_losses, commitment_losses = zip(*found.values())
-        return dict(zip(found, entries)), sum(codebook_losses), sum(commitment_losses)
+    def quantise(
+        self, latents: dict[str, Tensor], free: tuple[str, ...] = ()
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Entries of each set; codebook and commitment loss of all (a frozen codebook's is a constant).
+
+        A set in `free` stays as it is, without losses.
+        """
+        entries = dict(latents)
+        codebook_loss = commitment_loss = latents["ti"].new_zeros(())
+        for name, book in self.books.items():
+            if name not in free:
+                entries[name], of_book, of_latents = book(latents[name])
+                codebook_loss, commitment_loss = codebook_loss + of_book, commitment_loss + of_latents
+        return entries, codebook_loss, commitment_loss
 
 
 # ---------------------------------------------------------------------------------------- stages
@@ -290,11 +304,11 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
         with run.autocast():
             instruction = lam.read(t)
             latents = lam.latents(now, after, change, instruction)
-            entries, codebook_loss, commitment_loss = lam.quantise(latents)
             share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
-            if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
-                entries, share = latents, 0 * share
-                codebook_loss, commitment_loss = 0 * codebook_loss, 0 * commitment_loss
+            free = ()
+            if step.update < WARMUP * args.lam_updates:  # the decoder gets the new set's latents as they are
+                free, share = (stage,), 0 * share
+            entries, codebook_loss, commitment_loss = lam.quantise(latents, free)
             fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
             loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
         optimizer.zero_grad()

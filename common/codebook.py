@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from common.device import average, from_rank_0
 
+MOMENTUM = 0.1  # weight of a batch in running means
 RESTART = 20  # updates after which an entry that was never chosen is replaced
 
 
@@ -42,6 +43,37 @@ class Codebook(nn.Module):
         outputs = from_rank_0(z.float().flatten(0, 1)[pick])
         self.entries.copy_(torch.where(dead[:, None], outputs, self.entries))
         self.idle.masked_fill_(dead, 0)
+
+
+class LatentNorm(nn.Module):
+    """Moves latents (B, codes, dim) to where a frozen codebook is: to the mean and std of `like`.
+
+    like: (N, codes, dim), latents that the codebook was learnt with. Each code has its mean, and one std for
+    all its dimensions. In training it is the batch (of this rank) that is moved, else what batches were on
+    average. Without this the latents of a new encoder, which hardly differ at first, all fall to one entry.
+    """
+
+    def __init__(self, like: Tensor):
+        super().__init__()
+        mean, std = moments(like)
+        self.register_buffer("to_mean", mean)
+        self.register_buffer("to_std", std)
+        self.register_buffer("mean", torch.zeros_like(mean))
+        self.register_buffer("std", torch.ones_like(std))
+
+    def forward(self, z: Tensor) -> Tensor:
+        mean, std = self.mean, self.std
+        if self.training:
+            mean, std = moments(z)
+            self.mean.lerp_(average(mean.detach()), MOMENTUM)
+            self.std.lerp_(average(std.detach()), MOMENTUM)
+        return (z - mean) / std * self.to_std + self.to_mean
+
+
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (codes, dim) and one std a code (codes, 1) of latents (B, codes, dim)."""
+    mean = z.mean(0)
+    return mean, (z - mean).square().mean((0, 2)).sqrt()[:, None] + 1e-6
 
 
 def shares(codes: Tensor, codebook: int) -> Tensor:
