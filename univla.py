@@ -16,7 +16,6 @@ After Bu et al., arXiv 2505.06111; where this departs: docs/univla.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,8 +81,6 @@ class Args:
     """transitions an update of stages 1 and 2"""
     lam_lr: float = 1e-3
     """peak learning rate of stages 1 and 2, AdamW under a one-cycle schedule"""
-    lam_shift: int = 4
-    """random shifts of a transition's frames in stages 1 and 2, in pixels"""
     widths: tuple[int, ...] = (32, 64)
     """channels of the policy's convolutional blocks"""
     res_blocks: int = 1
@@ -253,12 +250,10 @@ class LAM(nn.Module):
             return self.mean.new_zeros(len(rows), 0, self.encoder.project.out_features)
         return self.instruction(self.tokens[0].text(rows))
 
-    def see(
-        self, rows: np.ndarray, shift: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D); of shifted frames."""
+    def see(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D)."""
         (tokens,) = self.tokens
-        now, after = tokens.patches(rows, shift), tokens.patches(rows + tokens.data.frame_gap, shift)
+        now, after = tokens.patches(rows), tokens.patches(rows + tokens.data.frame_gap)
         change = (after - now - self.change_mean) / self.change_std
         return (now - self.mean) / self.std, (after - self.mean) / self.std, change
 
@@ -272,19 +267,12 @@ class LAM(nn.Module):
                 latents["ti"] = self.norm(latents["ti"])
         return latents
 
-    def quantise(
-        self, latents: dict[str, Tensor], free: tuple[str, ...] = ()
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Entries of each set; codebook and commitment loss of all (a frozen codebook's is a constant).
-
-        A set in `free` stays as it is, without losses.
-        """
-        entries = dict(latents)
-        codebook_loss = commitment_loss = latents["ti"].new_zeros(())
-        for name, book in self.books.items():
-            if name not in free:
-                entries[name], of_book, of_latents = book(latents[name])
-                codebook_loss, commitment_loss = codebook_loss + of_book, commitment_loss + of_latents
+    def quantise(self, latents: dict[str, Tensor], sets: list[str]) -> tuple[dict, Tensor, Tensor]:
+        """Entries of the sets, the others' latents as they are; codebook and commitment loss of the sets."""
+        found = {name: self.books[name](latents[name]) for name in sets}
+        entries = latents | {name: entry for name, (entry, _, _) in found.items()}
+        codebook_loss = sum(loss for _, loss, _ in found.values())  # a frozen codebook's is a constant
+        commitment_loss = sum(loss for _, _, loss in found.values())
         return entries, codebook_loss, commitment_loss
 
 
@@ -300,15 +288,16 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 
     for step in run.steps(stage, lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(tokens.data.train, args.lam_batch)[run.share]
-        now, after, change = lam.see(t, run.draw_shift(step.rng, args.lam_batch, args.lam_shift))
+        now, after, change = lam.see(t)
         with run.autocast():
             instruction = lam.read(t)
             latents = lam.latents(now, after, change, instruction)
             share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
-            free = ()
+            sets = list(lam.books)
             if step.update < WARMUP * args.lam_updates:  # the decoder gets the new set's latents as they are
-                free, share = (stage,), 0 * share
-            entries, codebook_loss, commitment_loss = lam.quantise(latents, free)
+                sets.remove(stage)
+                share = 0 * share
+            entries, codebook_loss, commitment_loss = lam.quantise(latents, sets)
             fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
             loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
         optimizer.zero_grad()
@@ -433,7 +422,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "lam_shift", "seed", "res_blocks")
+    at_least(0, args, "seed", "res_blocks")
     at_least(1, args, "frame_gap", "codes", "code_dim", "width", "heads", "stem", "lam_batch", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates")
     at_least(2, args, "codebook")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +42,9 @@ class Tokens:
             self.text_dim = self.texts.shape[2]
         self.shape = tuple(self.patches(data.train[:1]).shape[1:])  # (N, D)
 
-    def patches(self, rows: np.ndarray, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B,) -> (B, N, D) float32; shift moves the frames (B, 3, H, W) first."""
-        frames = self.data.frame(rows)
-        if shift:
-            frames = shift(frames)
-        return self.features(frames).float()
+    def patches(self, rows: np.ndarray) -> Tensor:
+        """(B,) -> (B, N, D) float32"""
+        return self.features(self.data.frame(rows)).float()
 
     def text(self, rows: np.ndarray) -> Tensor:
         """(B,) -> word numbers (B, L), 0 behind the end, or states of the text encoder (B, L, D)."""
