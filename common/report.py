@@ -127,15 +127,15 @@ def success_section(table: list[dict]) -> str:
 def comparison_section(table: list[dict]) -> str:
     lines = []
     for row in compare(table):
-        line = [row["method"], row["base"], row["labelled"]]
+        line = [row["method"], row["base"], row["labelled"], str(len(row["tasks"]))]
         for name in ("iqm", "mean"):
             line += [number(row[f"{name}_ratio"]), number(row[f"{name}_difference"], row[f"{name}_ci"])]
         lines.append([*line, number(row["win_rate"], row["win_rate_ci"])])
     if not lines:
         return ""
-    header = ["method", "against", "labelled", "IQM: ratio", "difference", "mean: ratio", "difference"]
-    text = "## Against the baselines\n\n" + markdown_table([*header, "P(better)"], lines)
-    text += "Both methods' runs are resampled independently; a ratio over 0 is left out.\n"
+    header = ["method", "against", "labelled", "tasks", "IQM: ratio", "difference", "mean: ratio"]
+    text = "## Against the baselines\n\n" + markdown_table([*header, "difference", "P(better)"], lines)
+    text += "On the tasks that both have; runs are resampled independently. A ratio over 0 is left out.\n"
     text += "P(better): probability that a run of the method beats one of the other on the same task.\n\n"
     return text
 

@@ -175,29 +175,35 @@ def entry_order(entry: dict) -> tuple:
 
 
 def compare(table: list[dict]) -> list[dict]:
-    """Each method against each of BASELINES with the same label budget and tasks. table: see `summarise`.
+    """Each method against each of BASELINES with the same label budget. table: see `summarise`.
 
-    A row has method, base, labelled, and for iqm and mean the ratio (None over 0) and the difference with
-    its CI; win_rate with its CI.
+    A row has method, base, labelled, tasks (those that both have, and that count), for iqm and mean the ratio
+    (None over 0) and the difference with its CI; win_rate with its CI.
     """
     rows = []
     for index, base in enumerate(BASELINES):
         for y in table:
             for x in table:
-                same = x["labelled"] == y["labelled"] and x["tasks"] == y["tasks"]
-                if y["method"] != base or x["method"] in BASELINES[index:] or not same:
+                if y["method"] != base or x["method"] in BASELINES[index:] or x["labelled"] != y["labelled"]:
                     continue
-                rows.append({"method": x["method"], "base": base, "labelled": x["labelled"], **versus(x, y)})
+                tasks = [task for task in x["tasks"] if task in y["tasks"]]
+                if tasks:
+                    row = {"method": x["method"], "base": base, "labelled": x["labelled"], "tasks": tasks}
+                    rows.append(row | versus(x, y, tasks))
     return rows
 
 
-def versus(x: dict, y: dict) -> dict:
-    """What `compare` says of two entries of a table."""
-    matrices, pooled = (x["matrix"], y["matrix"]), (x["pooled"], y["pooled"])
+def versus(x: dict, y: dict, tasks: list[str]) -> dict:
+    """What `compare` says of two entries of a table on some of their tasks."""
+    matrices = []
+    for entry in (x, y):
+        matrices.append(entry["matrix"][:, [entry["tasks"].index(task) for task in tasks]])
+    pooled = (x["pooled"], y["pooled"])
     row = {}
-    for name, difference in {"iqm": iqm_difference, "mean": mean_difference}.items():
-        row[f"{name}_ratio"] = x[name] / y[name] if y[name] else None
-        row[f"{name}_difference"] = x[name] - y[name]
+    for name, measure, difference in (("iqm", iqm, iqm_difference), ("mean", mean, mean_difference)):
+        of_x, of_y = (float(measure(matrix)) for matrix in matrices)
+        row[f"{name}_ratio"] = of_x / of_y if of_y else None
+        row[f"{name}_difference"] = of_x - of_y
         row[f"{name}_ci"] = stratified_bootstrap_ci(*matrices, statistic=difference, pooled=pooled)
     row["win_rate"] = probability_of_improvement(*matrices)
     row["win_rate_ci"] = stratified_bootstrap_ci(*matrices, statistic=win_rate, pooled=pooled)

@@ -487,8 +487,8 @@ def test_scores_report_and_figures(lab, capsys):
     assert "lapo-clean|16|0.50|0.10|1.00 [1.00, 1.00]|1.00 [1.00, 1.00]|1.00|3" in lines
     assert "bc|all|–|–|0.67|0.67|0.67|1 (no CI)" in lines
     better = "1.50|0.33 [0.33, 0.33]|1.50|0.33 [0.33, 0.33]|1.00 [1.00, 1.00]"  # ratio, difference, P(better)
-    assert f"lapo-clean|lapo|16|{better}" in lines
-    assert any(line.startswith("lapo-clean|lapo|2|1.00|0.00 [0.00, 0.00]|") for line in lines)
+    assert f"lapo-clean|lapo|16|1|{better}" in lines, "on one task"
+    assert any(line.startswith("lapo-clean|lapo|2|1|1.00|0.00 [0.00, 0.00]|") for line in lines)
     assert lines.index("undecoded|0.66|–|–|1") < lines.index("probed|0.77|0.20|0.30|1"), "best target first"
     assert "One run gives no CI" in report
     for name in ("success", "strip", "leak_vs_success"):

@@ -235,7 +235,12 @@ def test_comparison_with_the_baselines():
     rows += rows_of("lapo-frame", few)
     found = {(row["method"], row["base"]): row for row in compare(summarise(rows, "success", []))}
     of_oracle = {("lapo-oracle", base) for base in ("lapo", "lapo-frame", "bc-few")}
-    assert set(found) == of_oracle | {("lapo", "lapo-frame"), ("lapo", "bc-few"), ("lapo-frame", "bc-few")}
+    of_others = {("other-tasks", base) for base in ("lapo", "lapo-frame", "bc-few")}
+    of_lapo = {("lapo", "lapo-frame"), ("lapo", "bc-few"), ("lapo-frame", "bc-few")}
+    assert set(found) == of_oracle | of_others | of_lapo
+    assert found["lapo-oracle", "lapo"]["tasks"] == ["a", "b"]
+    row = found["other-tasks", "lapo"]
+    assert row["tasks"] == ["a"] and row["mean_difference"] == pytest.approx(1 - 0.3), "on what both have"
     row = found["lapo-oracle", "lapo"]
     assert row["iqm_ratio"] == pytest.approx(0.7 / 0.2) and row["iqm_difference"] == pytest.approx(0.5)
     assert row["mean_ratio"] == pytest.approx(0.75 / 0.2) and row["mean_difference"] == pytest.approx(0.55)
