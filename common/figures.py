@@ -93,9 +93,10 @@ def plot_success(table: list[dict], path: Path, label: str = "success") -> Path 
     axes.set_ylim(-0.5, len(methods) - 0.5)
     axes.set_yticks(range(len(methods)), methods)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(f"{label}, IQM (one run: no CI)")
+    what = "IQM (one run: no CI)"
     if any(entry["iqm_ci"] for entry in table):
-        axes.set_xlabel(f"{label}, IQM with 95 % CI")
+        what = "IQM with 95 % CI"
+    axes.set_xlabel(f"{label}, {what}; faint: a run's mean")
     outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1)}
     axes.legend(title="labelled episodes", alignment="left", **outside)
     return save_figure(figure, path)
