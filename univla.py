@@ -31,7 +31,7 @@ from common import at_least, fail, parse
 from common.actor import Actor, read_policy_run
 from common.backbones import transformer
 from common.codebook import Codebook, LatentNorm, perplexity, shares
-from common.dataset import Dataset, chunks, common_std
+from common.dataset import Dataset, chunks, common_std, thinned
 from common.device import average_gradients, pick_device
 from common.probes import mean_over_tasks
 from common.records import default_folder
@@ -239,8 +239,7 @@ class LAM(nn.Module):
             self.books["ti"].load_state_dict(stage_1.books["ti"].state_dict())
             self.books["ti"].requires_grad_(False)
             self.queries["ti"].data.copy_(stage_1.queries["ti"])
-            some = tokens.data.train[:: len(tokens.data.train) // 1000 + 1]
-            self.norm = LatentNorm(encode(stage_1, some)["ti"])
+            self.norm = LatentNorm(encode(stage_1, thinned(tokens.data.train, 1000))["ti"])
         elif args.text != "none":
             self.instruction = Instruction(tokens, args.width)
 

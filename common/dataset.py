@@ -369,9 +369,9 @@ def chunks(rows: np.ndarray, size: int = 128) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def thinned(rows: np.ndarray) -> np.ndarray:
-    """About SAMPLE of the rows, evenly."""
-    return rows[:: max(1, len(rows) // SAMPLE)]
+def thinned(rows: np.ndarray, count: int = SAMPLE) -> np.ndarray:
+    """About `count` of the rows, evenly."""
+    return rows[:: max(1, len(rows) // count)]
 
 
 def to_float(frames: Tensor) -> Tensor:
