@@ -49,7 +49,7 @@ class Args:
     encoder: str = "oracle_best"
     """target embedding: key of the embeddings to predict, or an unambiguous beginning of it"""
     fdm_sees: Literal["z", "target", "frame"] = "z"
-    """what the FDM sees besides z: nothing, the target at t (the paper), or the frame o_t (LAPO); DETAIL 4"""
+    """what the FDM sees besides z: nothing, the target at t, or the frame o_t (LAPO); DETAIL 4"""
     labelled_episodes: tuple[str, ...] = ("4",)
     """label budgets: episodes a task whose true actions may be used, or `all`; each has its decoder"""
     latent_dim: int = 16

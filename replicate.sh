@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every command behind every table and figure. A scale is a few loops below, and a `train` in them is one run.
 #   bash replicate.sh near | main | univla | latbot | motion | ablations | views | encoders | screen | mt10 | paper
-#   bash replicate.sh main --list     prints the commands instead, one a line
+#   bash replicate.sh main --list     prints the commands instead, one a line: collect.py's first, eval.py last
 # A run is trained and rolled out; its small files are then kept in results/SCALE/runs/NAME. A run that has them
 # is skipped, on another machine too: delete them to run it again. What was cut off goes on. JOBS=4: runs at a time,
 # one thread each (default: as many as cores; with CUDA one). SEEDS=0 TASKS=door-open: train these alone.
@@ -192,6 +192,6 @@ mt10) # a first guess, from three tasks with one seed
 *) echo "replicate.sh: unknown scale '$scale'; see its head" >&2 && exit 1 ;;
 esac
 
-if [[ $list ]]; then echo "python $evaluate --out results/$scale --runs results/$scale/runs/*" && exit; fi
+if [[ $list ]]; then echo "python $evaluate --out results/$scale --runs runs/$scale/*" && exit; fi
 work
 python $evaluate --out "results/$scale" --runs "results/$scale"/runs/*

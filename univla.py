@@ -9,7 +9,8 @@
 
 Stage 1 (ti) gives the instruction to encoder and decoder: what is left for the codes is task-irrelevant.
 Stage 2 (tc) has no instruction, keeps that codebook frozen, and learns task-centric codes beside it. Then a
-policy clones the codes and is decoded to actions by a handful of labelled episodes, as in lam_vlm.py.
+policy clones the latents that are quantised to them (or the codes), and is decoded to actions by a handful
+of labelled episodes, as in lam_vlm.py.
 After Bu et al., arXiv 2505.06111; where this departs: docs/univla.md.
 """
 
@@ -270,7 +271,7 @@ class LAM(nn.Module):
         """Entries of the sets, the others' latents as they are; codebook and commitment loss of the sets."""
         found = {name: self.books[name](latents[name]) for name in sets}
         entries = latents | {name: entry for name, (entry, _, _) in found.items()}
-        codebook_loss = sum(loss for _, loss, _ in found.values())  # a frozen codebook's is a constant
+        codebook_loss = sum(loss for _, loss, _ in found.values())  # a frozen one's has no gradient
         commitment_loss = sum(loss for _, _, loss in found.values())
         return entries, codebook_loss, commitment_loss
 

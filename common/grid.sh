@@ -28,6 +28,12 @@ work() { # trains what is queued
   jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
   ((jobs == 1)) || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
   mkdir -p "runs/$scale"
+  local kept=0 line name
+  for line in "${queue[@]}"; do
+    read -r _ name _ <<< "$line"
+    [[ ! -e results/$scale/runs/$name/summary.json ]] || kept=$((kept + 1))
+  done
+  ((kept == 0)) || echo "$kept of ${#queue[@]} runs are in results/$scale/runs already, and skipped"
   export scale preset evaluate total=${#queue[@]} begun=$(date +%s) && export -f one_run
   printf '%s\n' "${queue[@]}" | xargs -P "$jobs" -L 1 bash -c 'one_run "$@"' _ ||
     { echo "replicate.sh: some runs failed, see above; the same line goes on" >&2 && exit 1; }

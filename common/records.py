@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor
 
 from common import fail
 from common.shards import atomic_write
+
+
+def code_version() -> str:
+    """The commit of this code, `-dirty` where files differ from it; `none` outside a git checkout."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "none"
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -105,7 +113,7 @@ def stage_order(path: Path, names: tuple[str, ...]) -> tuple:
 
 
 def finished_stages(folder: Path, names: tuple[str, ...], identity: dict) -> dict[str, dict]:
-    """{stage: seconds, updates_per_second, parameters, sha256} of the checkpoints of finished stages."""
+    """{stage: seconds, updates_per_second, parameters, commit, sha256} of finished stages' checkpoints."""
     stages = {}
     for path in sorted(folder.glob("*.pt"), key=lambda path: stage_order(path, names)):
         checkpoint = load_checkpoint(path, identity, "cpu")
@@ -115,6 +123,7 @@ def finished_stages(folder: Path, names: tuple[str, ...], identity: dict) -> dic
                 "seconds": round(seconds, 1),
                 "updates_per_second": round(checkpoint["update"] / max(seconds, 1e-9), 2),
                 "parameters": checkpoint["parameters"],
+                "commit": checkpoint.get("commit", "none"),
                 "sha256": hash_weights(weights),
             }
     return stages

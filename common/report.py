@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from common.records import code_version
 from common.statistics import budget_order, compare, summarise
 
 PACKAGES = ("torch", "mujoco", "metaworld", "numpy")
@@ -185,9 +185,8 @@ def probe_section(runs: list[dict]) -> str:
 
 def origin_of(runs: list[dict]) -> dict[str, str]:
     """Where the numbers come from: the runs and their data, this code and this machine."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    here = Path(__file__).parent
-    git = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
+    stages = [stage for run in runs for stage in run.get("per_stage", {}).values()]
+    trained_at = sorted({stage["commit"] for stage in stages if "commit" in stage})
     processor = platform.machine()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -198,7 +197,8 @@ def origin_of(runs: list[dict]) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "runs": ", ".join(run["dir"].name for run in runs),
         "data": ", ".join(sorted({run["data"] for run in runs})),
-        "commit": git.stdout.strip() or "none",
+        "trained at": ", ".join(trained_at) or "not recorded",
+        "report written at": code_version(),
         "versions": ", ".join(versions),
         "hardware": f"{processor}, {os.cpu_count()} cores",
     }

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import differences, fail
 from common.dataset import random_shift
 from common.device import average
-from common.records import Log, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
+from common.records import Log, code_version, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
 from common.shards import RANK, WORLD, lock_folder, read_json, write_json
 
 LOG_EVERY = 50  # updates between two rows of metrics.jsonl
@@ -81,6 +81,7 @@ class Run:
         self.device = device
         self.dtype = dtype
         self.training: dict[str, Training] = {}
+        self.commit = code_version()
         self.share = slice(RANK, None, WORLD)  # this rank's part of a batch that every rank draws as a whole
         self.lock = self.log = None
         if RANK == 0:
@@ -208,6 +209,7 @@ class Run:
             "update": update,
             "seconds": training.seconds,
             "parameters": sum(weight.numel() for weight in training.module.parameters()),
+            "commit": self.commit,
             "finished": training.finished,
             "results": training.results,
             "identity": self.identity,

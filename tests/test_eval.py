@@ -468,7 +468,7 @@ def test_scores_report_and_figures(lab, capsys):
     for seed in range(3):
         make_run("lapo", seed, labelled=("2", "16"), action_probe_nmse=0.9 + 0.01 * seed, leak_probe_r2=0.4)
         make_run("lapo-clean", seed, labelled=("2", "16"), action_probe_nmse=0.5, leak_probe_r2=0.1)
-    make_run("bc", labelled=("all",), stages=("bc",))
+    make_run("bc", labelled=("all",), stages=("bc",), per_stage={"bc": {"commit": "abc"}, "older": {}})
     make_run("probed", stages=("lam",), action_probe_nmse=0.77, leak_probe_r2=0.2, state_probe_r2=0.3)
     make_run("undecoded", stages=("lam", "bc"), action_probe_nmse=0.66)
     evaluate()
@@ -490,7 +490,7 @@ def test_scores_report_and_figures(lab, capsys):
     assert f"lapo-clean|lapo|16|1|{better}" in lines, "on one task"
     assert any(line.startswith("lapo-clean|lapo|2|1|1.00|0.00 [0.00, 0.00]|") for line in lines)
     assert lines.index("undecoded|0.66|–|–|1") < lines.index("probed|0.77|0.20|0.30|1"), "best target first"
-    assert "One run gives no CI" in report
+    assert "One run gives no CI" in report and "- trained at: abc\n" in report
     for name in ("success", "strip", "leak_vs_success"):
         assert Path(f"results/tiny/{name}.png").read_bytes()[:4] == b"\x89PNG"
 

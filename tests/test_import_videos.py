@@ -406,16 +406,18 @@ def test_lerobot(lerobot, camera, tmp_path):
 
 
 def test_latents_join_the_data_set_as_the_page_says(lerobot, tmp_path, monkeypatch):
-    """docs/own_videos.md: import, stage 1, export, and its five lines of pandas."""
+    """docs/own_videos.md: import, a run, export, its five lines of pandas, and the policy in its loop."""
     monkeypatch.chdir(tmp_path)
     Path("lerobot_folder").symlink_to(lerobot)
     assert run_script("import_videos.py", "lerobot_folder", "--size", 32, cwd=tmp_path).returncode == 0
     page = (ROOT / "docs/own_videos.md").read_text()
-    (lines,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    lines, loop = re.findall("```python\n(.*?)```", page, re.DOTALL)
     run = Path(re.search('"(runs/.*?)/latents', lines)[1])
-    small = "--target pixels --stages lam --lam-updates 2 --batch-size 4 --labelled-episodes 1 --frame-gap 2"
+    small = "--target pixels --lam-updates 2 --bc-updates 2 --decoder-updates 2 --batch-size 4 --frame-gap 2"
     made = run_script(
-        "lam_vlm.py", "--data", "data/mine", *small.split(), "--export", "--out", run, cwd=tmp_path
+        "lam_vlm.py",
+        *("--data", "data/mine", "--labelled-episodes", 1, *small.split(), "--export", "--out", run),
+        cwd=tmp_path,
     )
     assert made.returncode == 0, made.stderr
 
@@ -428,6 +430,13 @@ def test_latents_join_the_data_set_as_the_page_says(lerobot, tmp_path, monkeypat
         without = table["latent_action"].isna().to_numpy()
         assert without.tolist() == [False] * (LENGTHS[episode] - 2) + [True] * 2
     assert {len(z) for z in joined["latent_action"].dropna()} == {16}
+
+    exec(loop, here)
+    action = here["act"](np.zeros((32, 32, 3), np.uint8))
+    low, high = here["low"], here["high"]
+    assert action.shape == low.shape == (3,) and np.all((low <= action) & (action <= high))
+    said = here["policy"](np.zeros((32, 32, 3), np.uint8))
+    assert np.allclose(action, low + (said + 1) / 2 * (high - low)) and (high > low + 1).any()
 
 
 def test_collected_episodes_come_back_as_clips(tiny_data, tmp_path):

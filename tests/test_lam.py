@@ -391,6 +391,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(made_up, tmp_path):
     for key in ("policy_hash", "stages", "action_probe_nmse", "leak_probe_r2", "state_probe_r2", "data_hash"):
         assert summaries[0][key] == summaries[1][key]
     assert summaries[0]["stages"] == ["lam", "bc", "decoder"]
+    assert summaries[0]["per_stage"]["bc"]["commit"] == records.code_version()
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names >= {"args.json", "metrics.jsonl", "summary.json", "curves.png", "tensorboard"}
     again = run_script(*command, cwd=tmp_path)

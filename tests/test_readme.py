@@ -291,6 +291,7 @@ def test_replicate_goes_on_after_a_failure_and_on_another_machine(tmp_path):
     assert [line.split()[0] for line in lines] == ["collect.py"] * 2 + ["lam_vlm.py", "eval.py", "eval.py"]
     assert "--target masked" in lines[2] and lines[-1].count("results/near/runs/") == runs
     assert f"[{runs}/{runs}, 0 min] masklam_door-open_s" in result.stdout
+    assert f"{runs - 1} of {runs} runs are in results/near/runs already" in result.stdout
 
     shutil.rmtree(tmp_path / "runs")  # another machine has what was committed
     result, lines = replicate("near")
