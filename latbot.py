@@ -25,12 +25,11 @@ from torch.nn import functional as F
 
 from common import at_least, fail, parse
 from common.actor import read_policy_run
-from common.backbones import TinyBackbone, VLMBackbone, spatial_entropy
+from common.backbones import TinyBackbone, VLMBackbone, attended
 from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
 from common.device import average, average_gradients, pick_device
-from common.figures import plot_attention
 from common.probes import mean_over_tasks, r2_score
-from common.records import default_folder, load_weights
+from common.records import default_folder, load_checkpoint, load_weights, save_checkpoint
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 from common.windows import Domain, Windows
@@ -347,8 +346,14 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         schedule.step()
         step.log(loss=loss, target_loss=target_loss)
 
-    z = encode(run, teacher, windows)
-    measured = {}
+    path, measured = run.folder / "latents.bin", {}  # a large backbone takes hours for them
+    stored = load_checkpoint(path, run.identity, run.device)
+    if run.finished("teacher") and stored:
+        z = stored["z"]
+    else:
+        z = encode(run, teacher, windows)
+        if RANK == 0:
+            save_checkpoint(path, {"z": z, "identity": run.identity})
     if not run.finished("teacher"):
         measured = measure(z, windows, args)
     run.finish("teacher", **measured)
@@ -393,7 +398,7 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
     measured = {}
     if not run.finished("student"):
         measured = distilled(student, windows, args, latents)
-        measured |= attended(student, windows, run.folder / "attention.png")
+        measured |= attended(student.backbone, windows, run.folder / "attention.png")
     run.finish("student", **measured)
     return student
 
@@ -521,36 +526,6 @@ def distilled(student: Student, windows: Windows, args: Args, latents: Tensor | 
     if right:
         result["text_loss"] = float(torch.cat(losses).mean())
         result["text_accuracy"] = float(torch.cat(right).mean())
-    return result
-
-
-@torch.no_grad()
-def attended(student: Student, windows: Windows, path: Path) -> dict[str, float]:
-    """Where a sub-task's last word looks on held-out frames, of the tiny backbone; drawn at `path`.
-
-    attention_entropy: spatial entropy, the lower the more concentrated. attention_on_robot: the attention
-    that the robot gets, over its share of the picture.
-    """
-    data, result = windows.data, {}
-    rows = windows.named(data.held_out)
-    if not len(rows) or not isinstance(student.backbone, TinyBackbone):
-        return result
-    student.eval()
-    maps, robot = [], []
-    for part in chunks(rows):
-        words = windows.task(part), windows.subtask_of(part)
-        maps.append(student.backbone.attention(data.frame(part)[:, None], *words))
-        if "segments" in data.columns:
-            area = F.adaptive_avg_pool2d(data.segment(part, "robot"), maps[-1].shape[1:])
-            seen = (maps[-1] * area[:, 0]).sum((1, 2)) / maps[-1].sum((1, 2))
-            robot.append(seen / area.mean((1, 2, 3)).clamp_min(1e-3))
-    maps = torch.cat(maps).cpu().numpy()
-    result["attention_entropy"] = spatial_entropy(maps)
-    if robot:
-        result["attention_on_robot"] = float(torch.cat(robot).mean())
-    some = np.linspace(0, len(rows) - 1, 6).astype(int)
-    if RANK == 0:
-        plot_attention(data.columns["frames"][rows[some]], maps[some], path)
     return result
 
 

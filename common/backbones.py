@@ -10,15 +10,21 @@ queries, and each of its words sees those before it alone.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import scipy.ndimage
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import fail
-from common.dataset import to_float
+from common.dataset import chunks, to_float
 from common.encoders import one_line
+from common.figures import plot_attention
+from common.shards import RANK
 from common.tokens import check_source
+from common.windows import Windows
 
 MARKS = ("[CP_SCE]", "[CP_MOT]")  # words added to the vocabulary of a vision-language model
 END = "<end>"
@@ -213,3 +219,33 @@ def spatial_entropy(maps: np.ndarray) -> float:
         shares = areas / areas.sum()
         entropies.append(-(shares * np.log(shares)).sum())
     return float(np.mean(entropies))
+
+
+@torch.no_grad()
+def attended(backbone: nn.Module, windows: Windows, path: Path) -> dict[str, float]:
+    """Where a sub-task's last word looks on held-out frames, of a TinyBackbone; drawn at `path`.
+
+    attention_entropy: spatial entropy, the lower the more concentrated. attention_on_robot: the attention
+    that the robot gets, over its share of the picture.
+    """
+    data, result = windows.data, {}
+    rows = windows.named(data.held_out)
+    if not len(rows) or not isinstance(backbone, TinyBackbone):
+        return result
+    backbone.eval()
+    maps, robot = [], []
+    for part in chunks(rows):
+        words = windows.task(part), windows.subtask_of(part)
+        maps.append(backbone.attention(data.frame(part)[:, None], *words))
+        if "segments" in data.columns:
+            area = F.adaptive_avg_pool2d(data.segment(part, "robot"), maps[-1].shape[1:])
+            seen = (maps[-1] * area[:, 0]).sum((1, 2)) / maps[-1].sum((1, 2))
+            robot.append(seen / area.mean((1, 2, 3)).clamp_min(1e-3))
+    maps = torch.cat(maps).cpu().numpy()
+    result["attention_entropy"] = spatial_entropy(maps)
+    if robot:
+        result["attention_on_robot"] = float(torch.cat(robot).mean())
+    some = np.linspace(0, len(rows) - 1, 6).astype(int)
+    if RANK == 0:
+        plot_attention(data.columns["frames"][rows[some]], maps[some], path)
+    return result

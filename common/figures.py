@@ -377,9 +377,6 @@ def plot_preview(rows: list[dict], path: Path) -> Path | None:
     return save_figure(figure, path)
 
 
-# ---------------------------------------------------------------------------------------- linear_lam.py
-
-
 @plt.rc_context(AXES)
 def plot_attention(frames: np.ndarray, maps: np.ndarray, path: Path) -> Path:
     """Frames (N, H, W, 3) uint8, above, and attention maps (N, s, s) on them, below."""
@@ -392,6 +389,9 @@ def plot_attention(frames: np.ndarray, maps: np.ndarray, path: Path) -> Path:
         above.axis("off")
         below.axis("off")
     return save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------- linear_lam.py
 
 
 def plot_study(panels: list[dict], path: Path, columns: int = 4) -> Path:

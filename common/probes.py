@@ -65,11 +65,6 @@ def labelled_probe(z: np.ndarray, a: np.ndarray, episode: np.ndarray) -> float |
     return float(((error[:, varies] ** 2).mean(0) / a[:, varies].var(0)).mean())
 
 
-def state_probe(z_train: np.ndarray, s_train: np.ndarray, z_test: np.ndarray, s_test: np.ndarray) -> float:
-    """z -> change of the true state (N, S): R^2."""
-    return r2_score(s_test, Ridge(z_train, s_train)(z_test))
-
-
 class Probes:
     """The probes of a data set: pairs of arrays, training and held-out transitions; what it lacks is None.
 
@@ -91,7 +86,7 @@ class Probes:
             result = action_probe(z_train, self.actions[0], z_test, self.actions[1])
         result |= {"state_probe_r2": None, "leak_probe_r2": None}
         if self.states is not None:
-            result["state_probe_r2"] = state_probe(z_train, self.states[0], z_test, self.states[1])
+            result["state_probe_r2"] = r2_score(self.states[1], Ridge(z_train, self.states[0])(z_test))
         if self.leak is not None:
             result["leak_probe_r2"] = self.leak(z_train, z_test)
         return result

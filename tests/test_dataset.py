@@ -8,7 +8,7 @@ import torch
 from made_up import ARRAYS, EPISODES, GAP, LENGTH, SIZE, TASKS, make_data
 
 from common.dataset import Column, Dataset
-from common.probes import LeakProbe, Ridge, action_probe, mean_over_tasks, r2_score, state_probe
+from common.probes import LeakProbe, Probes, Ridge, action_probe, mean_over_tasks, r2_score
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,8 @@ def test_a_probe_equals_its_definition_on_random_arrays():
     rng = np.random.default_rng(0)
     z_train, z_test, y_train, y_test = (rng.normal(size=(n, 3)) for n in (80, 40, 80, 40))
     predicted = Ridge(z_train, y_train)(z_test)
-    assert state_probe(z_train, y_train, z_test, y_test) == r2_score(y_test, predicted)
+    measured = Probes(states=[y_train, y_test]).measure(z_train, z_test)
+    assert measured["state_probe_r2"] == r2_score(y_test, predicted)
     nmse = ((predicted - y_test) ** 2).mean(0) / y_test.var(0)
     assert action_probe(z_train, y_train, z_test, y_test)["action_probe_nmse"] == pytest.approx(nmse.mean())
     now_train, now_test = rng.normal(size=(80, 2)), rng.normal(size=(40, 2))

@@ -396,6 +396,16 @@ def test_killed_and_resumed_equals_uninterrupted(made_up, tmp_path):
     assert summaries[0]["policy_hash"] == summaries[1]["policy_hash"] and summaries[0]["policy_hash"]["2"]
 
 
+def test_latents_of_a_finished_teacher_are_not_made_again(new_run, monkeypatch):
+    run, windows, args = new_run("--teacher-updates", 2)
+    latents = latbot.train_teacher(run, windows, args)
+    monkeypatch.setattr(latbot, "encode", lambda *_: pytest.fail("encoded again"))
+    assert torch.equal(latbot.train_teacher(run, windows, args), latents)
+    (run.folder / "latents.bin").write_bytes(b"cut off")
+    with pytest.raises(SystemExit, match="latents.bin does not read"):
+        latbot.train_teacher(run, windows, args)
+
+
 # ------------------------------------------------------------ a vision-language model, tiny and random
 
 
