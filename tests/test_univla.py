@@ -14,6 +14,7 @@ from torch import nn
 
 import univla
 from common import codebook, runs
+from common import tokens as tokens_module
 from common.codebook import Codebook, LatentNorm, perplexity, shares
 from common.tokens import DINO, Pixels, Tokens, text_states
 
@@ -255,7 +256,8 @@ def test_frozen_means_frozen(new_run):
     assert not torch.equal(lam.queries["ti"], fresh.queries["ti"]), "the queries of stage 1 train on"
 
 
-def test_one_batch_can_be_learnt_by_heart(new_run):
+def test_one_batch_can_be_learnt_by_heart(new_run, monkeypatch):
+    monkeypatch.setattr(tokens_module, "GRID", 4)
     run, tokens, args = new_run(
         *"--lam-updates 300 --lam-lr 3e-3 --codebook 16 --width 32 --lam-batch 16".split()
     )
@@ -300,13 +302,14 @@ def accuracy(codes: torch.Tensor, truth: np.ndarray) -> float:
     return float((np.sign(votes[codes[half:]]) == truth[half:]).mean())
 
 
-def test_stage_1_leaves_to_the_instruction_what_it_says(new_run, tmp_path):
-    """On a toy the codes hold the distractor, and not the command, which the instruction says; those of stage
-    2 hold both."""
+def test_stage_1_leaves_to_the_instruction_what_it_says(new_run, tmp_path, monkeypatch):
+    """On a toy one bit holds the distractor, and not the command, which the instruction says; without it one
+    bit does not do. The two of stage 2 hold both."""
+    monkeypatch.setattr(tokens_module, "GRID", 4)  # patches a side: a quarter of the time
     root = draw_toy(tmp_path / "toy")
     found, losses = {}, {}
     for text in ("words", "none"):
-        flags = "--codes 1 --codebook 4 --width 32 --lam-updates 500 --lam-batch 32 --lam-lr 3e-3"
+        flags = "--codes 1 --codebook 2 --width 32 --lam-updates 500 --lam-batch 32 --lam-lr 3e-3"
         run, tokens, args = new_run(
             *flags.split(), "--frame-gap", 1, "--text", text, "--labelled-episodes", 1, data=root
         )
@@ -322,12 +325,12 @@ def test_stage_1_leaves_to_the_instruction_what_it_says(new_run, tmp_path):
             losses["stage 2"] = rows_of(run.folder, "tc")[-1]["fdm_loss"]
             latents = univla.encode(lam, rows)
             alive = {
-                name: perplexity(shares(book.nearest(latents[name]), 4)) for name, book in lam.books.items()
+                name: perplexity(shares(book.nearest(latents[name]), 2)) for name, book in lam.books.items()
             }
     command, distractor = found["words"]
-    assert distractor > 0.95 and command < 0.9 and losses["words"] < 0.05, (found, losses)
-    assert found["none"][0] > 0.9 or losses["none"] > 0.1, "without it the codes say the command, or nobody"
-    assert losses["stage 2"] < 0.3, "without the instruction the two sets tell both"
+    assert distractor > 0.95 and command < 0.7 and losses["words"] < 0.05, (found, losses)
+    assert losses["none"] > 0.2 and min(found["none"]) < 0.9, "one bit can not tell both"
+    assert losses["stage 2"] < 0.1, "two can"
     assert min(alive.values()) > 1.5, "the frozen codebook is used as well"
 
 
