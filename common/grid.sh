@@ -20,7 +20,12 @@ one_run() { # SCRIPT NAME FLAGS: trains, rolls out, keeps the scores; what it pr
   mkdir -p "$kept"
   [[ ! -e $run/rollouts.csv ]] || cp "$run/rollouts.csv" "$kept"
   cp "$run/args.json" "$run/summary.json" "$kept"
-  echo "[$(ls "results/$scale/runs" | wc -l)/$total, $((($(date +%s) - begun) / 60)) min] $name"
+  echo "[$(count_kept)/$(wc -w <<< "$names"), $((($(date +%s) - begun) / 60)) min] $name"
+}
+count_kept() { # of the queue's $names, those whose files are in results/
+  local name kept=0
+  for name in $names; do [[ ! -e results/$scale/runs/$name/summary.json ]] || kept=$((kept + 1)); done
+  echo $kept
 }
 work() { # trains what is queued
   local queue=("${runs[@]}") && runs=()
@@ -28,13 +33,9 @@ work() { # trains what is queued
   jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
   ((jobs == 1)) || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
   mkdir -p "runs/$scale"
-  local kept=0 line name
-  for line in "${queue[@]}"; do
-    read -r _ name _ <<< "$line"
-    [[ ! -e results/$scale/runs/$name/summary.json ]] || kept=$((kept + 1))
-  done
-  ((kept == 0)) || echo "$kept of ${#queue[@]} runs are in results/$scale/runs already, and skipped"
-  export scale preset evaluate total=${#queue[@]} begun=$(date +%s) && export -f one_run
+  export scale preset evaluate begun=$(date +%s) names && export -f one_run count_kept
+  names=$(printf '%s\n' "${queue[@]}" | cut -d " " -f 2)
+  (($(count_kept) == 0)) || echo "$(count_kept) of ${#queue[@]} runs are in results/$scale/runs already, and skipped"
   printf '%s\n' "${queue[@]}" | xargs -P "$jobs" -L 1 bash -c 'one_run "$@"' _ ||
     { echo "replicate.sh: some runs failed, see above; the same line goes on" >&2 && exit 1; }
 }
