@@ -346,9 +346,10 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         schedule.step()
         step.log(loss=loss, target_loss=target_loss)
 
-    path, measured = run.folder / "latents.bin", {}  # a large backbone takes hours for them
-    stored = load_checkpoint(path, run.identity, run.device)
-    if run.finished("teacher") and stored:
+    path, stored, measured = run.folder / "latents.bin", None, {}  # a large backbone takes hours for them
+    if run.finished("teacher"):
+        stored = load_checkpoint(path, run.identity, run.device)
+    if stored:
         z = stored["z"]
     else:
         z = encode(run, teacher, windows)

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from common import fail
 from common.dataset import chunks, to_float
 from common.encoders import one_line
-from common.figures import plot_attention
 from common.shards import RANK
 from common.tokens import check_source
 from common.windows import Windows
@@ -247,5 +246,7 @@ def attended(backbone: nn.Module, windows: Windows, path: Path) -> dict[str, flo
         result["attention_on_robot"] = float(torch.cat(robot).mean())
     some = np.linspace(0, len(rows) - 1, 6).astype(int)
     if RANK == 0:
+        from common.figures import plot_attention  # takes a second
+
         plot_attention(data.columns["frames"][rows[some]], maps[some], path)
     return result

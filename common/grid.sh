@@ -33,9 +33,10 @@ work() { # trains what is queued
   jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
   ((jobs == 1)) || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
   mkdir -p "runs/$scale"
-  export scale preset evaluate begun=$(date +%s) names && export -f one_run count_kept
   names=$(printf '%s\n' "${queue[@]}" | cut -d " " -f 2)
-  (($(count_kept) == 0)) || echo "$(count_kept) of ${#queue[@]} runs are in results/$scale/runs already, and skipped"
+  local kept=$(count_kept)
+  ((kept == 0)) || echo "$kept of ${#queue[@]} runs are in results/$scale/runs already, and skipped"
+  export scale preset evaluate names begun=$(date +%s) && export -f one_run count_kept
   printf '%s\n' "${queue[@]}" | xargs -P "$jobs" -L 1 bash -c 'one_run "$@"' _ ||
     { echo "replicate.sh: some runs failed, see above; the same line goes on" >&2 && exit 1; }
 }
