@@ -137,7 +137,7 @@ PAPER = Args(
     probe_fraction=0.02,
 )
 PRESETS = {"quick": QUICK, "paper": PAPER}
-WARMUP = 0.2  # share of the updates of stages 1 and 2 before the latents of the new set are quantised
+WARMUP = 0.2  # share of the updates of stages 1 and 2 before latents are quantised
 LAST_RESTART = 0.8  # share of the updates up to which entries that died start again
 CLIP = 0.1  # bound of the gradient's norm in stages 1 and 2
 WEIGHT_DECAY = 1e-2
@@ -294,8 +294,8 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
             latents = lam.latents(now, after, change, instruction)
             share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
             sets = list(lam.books)
-            if step.update < WARMUP * args.lam_updates:  # the decoder gets the new set's latents as they are
-                sets.remove(stage)
+            if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
+                sets = []
                 share = 0 * share
             entries, codebook_loss, commitment_loss = lam.quantise(latents, sets)
             fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
