@@ -34,7 +34,7 @@ from common.actor import Actor
 from common.dataset import Dataset, chunks
 from common.distracting_metaworld import DistractingMetaWorld
 from common.probes import VARIES
-from common.report import add_probes, make_report, remarks
+from common.report import PROBE_COLUMNS, add_probes, make_report, probe_rows, remarks
 from common.results import (
     choose_budgets,
     csv_text,
@@ -394,6 +394,7 @@ def main(args: Args) -> None:
         rows, rolled_out = roll_out(simulated, args)
         scores = score_rows(simulated, rows, args)
         atomic_write(out / "scores.csv", csv_text(SCORES, scores))
+        atomic_write(out / "probes.csv", csv_text(PROBE_COLUMNS, probe_rows(runs)))
 
         # where there is no simulator: the policy's actions against the true ones of held-out episodes
         errors = error_rows(videos, args.device)

@@ -25,6 +25,7 @@ ERROR_MEASURES = {
     "rmse": "Root of the mean squared error, in the action's own units",
 }
 PROBES = ("action_probe_nmse", "leak_probe_r2", "state_probe_r2")
+PROBE_COLUMNS = ["method", "tasks", "seed", "latent", "action_nmse", "leak_r2"]
 
 
 def make_report(
@@ -32,7 +33,7 @@ def make_report(
 ) -> str:
     """errors: rows of errors.csv with rmse, and of the dimension "all"; evaluation: how it was made."""
     text = success_section(table) + comparison_section(table)
-    text += error_section(errors, runs) + probe_section(runs)
+    text += error_section(errors, runs) + latent_section(runs) + probe_section(runs)
     if notes:
         text += "## Remarks\n\n" + "".join(f"- {note}\n" for note in notes) + "\n"
     origin = origin_of(runs) | evaluation
@@ -76,6 +77,21 @@ def add_probes(table: list[dict], runs: list[dict]) -> None:
                 mine.append(run)
         for name in PROBES:
             entry[name] = probe(mine, name)
+
+
+def probe_rows(runs: list[dict]) -> list[dict]:
+    """The rows of probes.csv, one for each latent of a run: z, or the names that its summary has."""
+    rows = []
+    for run in runs:
+        latents = [key.removesuffix(PROBES[0]) for key in run if key.endswith(PROBES[0])]
+        for latent in latents:
+            nmse, leak = (run.get(latent + name) for name in PROBES[:2])
+            if (latent == "" and len(latents) > 1) or (nmse is None and leak is None):
+                continue  # the one that is cloned, which has a name as well; or nothing was probed
+            row = {"method": run["variant"], "tasks": " ".join(run["tasks"]), "seed": run["seed"]}
+            rows.append(row | {"latent": latent.rstrip("_") or "z", "action_nmse": nmse, "leak_r2": leak})
+    rows.sort(key=lambda row: (row["method"], row["tasks"], row["seed"]))
+    return rows
 
 
 def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
@@ -164,6 +180,22 @@ def error_section(errors: list[dict], runs: list[dict]) -> str:
         header = ["method", "labelled", *dimensions, "n runs"]
         text += f"## {title}\n\n" + markdown_table(header, lines)
     return text
+
+
+def latent_section(runs: list[dict]) -> str:
+    """The latents of methods that have several, mean over runs."""
+    found = defaultdict(list)
+    for row in probe_rows(runs):
+        if row["latent"] != "z":
+            found[row["method"], row["latent"]].append(row)
+    if not found:
+        return ""
+    lines = []
+    for (method, latent), rows in found.items():
+        probes = [number(probe(rows, name)) for name in ("action_nmse", "leak_r2")]
+        lines.append([method, latent, *probes, str(len(rows))])
+    header = ["method", "latent", "probe NMSE", "leak R²", "n runs"]
+    return "# Probes of each latent\n\n" + markdown_table(header, lines)
 
 
 def probe_section(runs: list[dict]) -> str:

@@ -495,6 +495,25 @@ def test_scores_report_and_figures(lab, capsys):
         assert Path(f"results/tiny/{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_probes_of_each_latent(lab):
+    """probes.csv: latents by name where a method has several, else z; the one cloned is not said twice."""
+    names = {"ti_action_probe_nmse": 0.9, "ti_leak_probe_r2": 0.2, "tc_action_probe_nmse": 0.5}
+    for seed in (0, 1):
+        more = names | {"tc_leak_probe_r2": 0.1 * seed, "action_probe_nmse": 0.5, "leak_probe_r2": 0.1 * seed}
+        make_run("univla", seed, tasks=("reach", "push"), **more)
+    make_run("lapo", 0, action_probe_nmse=0.25, leak_probe_r2=None)
+    make_run("bc", 0, stages=("bc",))
+    evaluate(media=0)
+    assert Path("results/tiny/probes.csv").read_text() == (
+        "method,tasks,seed,latent,action_nmse,leak_r2\n"
+        "lapo,reach,0,z,0.25,\n"
+        "univla,reach push,0,ti,0.9,0.2\nunivla,reach push,0,tc,0.5,0.0\n"
+        "univla,reach push,1,ti,0.9,0.2\nunivla,reach push,1,tc,0.5,0.1\n"
+    )
+    report = Path("results/tiny/report.md").read_text()
+    assert "| univla | ti | 0.90 | 0.20 | 2 |\n| univla | tc | 0.50 | 0.05 | 2 |\n" in report
+
+
 def test_only_seeds_common_to_all_tasks_count(lab):
     make_run("lapo", 0, tasks=("reach", "push"))
     make_run("lapo", 1, tasks=("reach",))
