@@ -267,10 +267,10 @@ class LAM(nn.Module):
                 latents["ti"] = self.norm(latents["ti"])
         return latents
 
-    def quantise(self, latents: dict[str, Tensor], sets: list[str]) -> tuple[dict, Tensor, Tensor]:
-        """Entries of the sets, the others' latents as they are; codebook and commitment loss of the sets."""
-        found = {name: self.books[name](latents[name]) for name in sets}
-        entries = latents | {name: entry for name, (entry, _, _) in found.items()}
+    def quantise(self, latents: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The latents' entries; codebook and commitment loss, summed over the sets."""
+        found = {name: book(latents[name]) for name, book in self.books.items()}
+        entries = {name: entry for name, (entry, _, _) in found.items()}
         codebook_loss = sum(loss for _, loss, _ in found.values())  # a frozen one's has no gradient
         commitment_loss = sum(loss for _, _, loss in found.values())
         return entries, codebook_loss, commitment_loss
@@ -292,12 +292,12 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
         with run.autocast():
             instruction = lam.read(t)
             latents = lam.latents(now, after, change, instruction)
-            share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
-            sets = list(lam.books)
             if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
-                sets = []
-                share = 0 * share
-            entries, codebook_loss, commitment_loss = lam.quantise(latents, sets)
+                entries, codebook_loss, commitment_loss = latents, 0, 0
+                share = torch.zeros(args.codes, args.codebook, device=run.device)
+            else:
+                entries, codebook_loss, commitment_loss = lam.quantise(latents)
+                share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
             fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
             loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
         optimizer.zero_grad()

@@ -181,7 +181,7 @@ def test_gradients(new_run):
     assert torch.equal(lam.queries["ti"], stage_1.queries["ti"]) and lam.instruction is None
     for model in (stage_1, lam):
         now, after, change, instruction = inputs(model, tokens.data.train[:4])
-        entries, _, _ = model.quantise(model.latents(now, after, change, instruction), list(model.books))
+        entries, _, _ = model.quantise(model.latents(now, after, change, instruction))
         model.decoder(now, entries, instruction).square().mean().backward()
         assert model.encoder.project.weight.grad.abs().sum() > 0
         assert all(query.grad.abs().sum() > 0 for query in model.queries.values())
