@@ -32,7 +32,7 @@ import tyro
 from torch import Tensor
 
 import lam_vlm
-from common import fail
+from common import at_least, fail
 from common.dataset import Dataset
 from common.figures import BAD, COLOURS, GOOD, plot_bridge, plot_study
 from common.nonlinear_lam import nonlinear
@@ -411,8 +411,6 @@ WIDE_TABLE = {  # sizes of Zhang et al.
     "o of 128, da = dx = 8, exo-std 2, supervision 0.01": replace(WIDE, supervision=0.01),
     "o of 128, da = dx = 8, exo-std 2, supervision 11.6": replace(WIDE, supervision=11.6),
 }
-
-
 MEASURES = {"loss": "loss", "r2_action": "R²(a)", "leak": "leak"}
 
 
@@ -436,9 +434,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def study(folder: Path, base: Args) -> None:
     """table.md, every case by closed form and by both trainings; study.png. base: BASE or QUICK."""
     begun = time.time()
-    header = ["case"]
-    for way in ("closed form", "trained", "mini-batches"):
-        header += [f"{way}: {name}" for name in MEASURES.values()]
+    ways = ("closed form", "trained", "mini-batches")
+    header = ["case"] + [f"{way}: {name}" for way in ways for name in MEASURES.values()]
     rows = []
     for cases in (TABLE, WIDE_TABLE):
         trained = train(shortened(cases.values(), base))
@@ -590,11 +587,8 @@ def nonlinear_panel(base: Args) -> dict:
 
 def parse_args(arguments: list[str]) -> Args:
     case = tyro.cli(Args, args=arguments, description=__doc__, prog="linear_lam.py")
-    least = {"exo_std": 0, "supervision": 0, "target_leak": 0, "latent_dim": 0, "exo_dim": 0, "seed": 0}
-    least |= {"action_dim": 1, "restarts": 1, "updates": 1, "batch_size": 1}
-    for name, bound in least.items():
-        if not getattr(case, name) >= bound:  # refuses nan too
-            fail(f"--{name.replace('_', '-')} must be at least {bound}")
+    at_least(0, case, "exo_std", "supervision", "target_leak", "latent_dim", "exo_dim", "seed")
+    at_least(1, case, "action_dim", "restarts", "updates", "batch_size")
     if not abs(case.rho) <= 1 or not abs(case.phi) <= 1:
         fail("--rho and --phi lie between -1 and 1")
     if not case.action_std > 0 or case.state_dim < case.action_dim:

@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision, and the ranks of torchrun."""
+"""Where a run computes: device, precision, the ranks of torchrun, and means over them."""
 
 from __future__ import annotations
 
@@ -85,3 +85,26 @@ def from_rank_0(value: Tensor) -> Tensor:
         value = value.contiguous()
         dist.broadcast(value, 0)
     return value
+
+
+class Means:
+    """Next row of metrics: tensors' means over updates and ranks, plain values as they were logged last."""
+
+    def __init__(self):
+        self.sums, self.counts, self.plain = {}, {}, {}
+
+    def add(self, values: dict[str, Tensor | float | list | None]) -> None:
+        """What one update logged."""
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                self.sums[name] = self.sums.get(name, 0) + value.detach()
+                self.counts[name] = self.counts.get(name, 0) + 1
+            else:
+                self.plain[name] = value
+
+    def take(self) -> dict[str, float | list | None]:
+        """The row; the next one starts empty."""
+        row = {name: float(average(total)) / self.counts[name] for name, total in self.sums.items()}
+        row |= self.plain
+        self.sums, self.counts, self.plain = {}, {}, {}
+        return row

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import differences, fail
 from common.dataset import random_shift
-from common.device import average
+from common.device import Means
 from common.records import Log, code_version, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
 from common.shards import RANK, WORLD, lock_folder, read_json, write_json
 
@@ -141,7 +141,7 @@ class Run:
         number = 1 + self.stages.index(stage.split("_")[0])
         probe_every = max(LOG_EVERY, updates // PROBE_TIMES // LOG_EVERY * LOG_EVERY)
         begun, earlier = time.time(), training.seconds
-        sums, counts = {}, {}
+        means = Means()
         bar = tqdm(total=updates, initial=start, desc=stage, unit="update", mininterval=1, disable=RANK > 0)
         for update in range(start, updates):
             done = update + 1
@@ -153,27 +153,20 @@ class Run:
             yield step
 
             bar.update()
-            row = {}
-            for name, value in step.values.items():
-                if isinstance(value, Tensor):
-                    sums[name] = sums.get(name, 0) + value.detach()
-                    counts[name] = counts.get(name, 0) + 1
-                else:
-                    row[name] = value
+            means.add(step.values)
             if done % LOG_EVERY and not last:
                 continue
-            means = {name: float(average(total)) / counts[name] for name, total in sums.items()}
-            sums, counts = {}, {}
-            if not np.isfinite(means["loss"]):
+            row = means.take()
+            if not np.isfinite(row["loss"]):
                 bar.close()
                 kept = "the last good checkpoint, if any, stays; try a lower --lr"
-                fail(f"{stage}: the loss is {means['loss']} near update {done}; {kept}")
-            bar.set_postfix(loss=f"{means['loss']:.3g}")
+                fail(f"{stage}: the loss is {row['loss']} near update {done}; {kept}")
+            bar.set_postfix(loss=f"{row['loss']:.3g}")
             seconds = time.time() - begun
             training.seconds = earlier + seconds
             speed = {"lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / seconds}
             if RANK == 0:
-                self.log.write(stage, done, **means, **speed, **row)
+                self.log.write(stage, done, **row, **speed)
             if done % CHECKPOINT_EVERY == 0 and not last:
                 self.save(stage, done)
         bar.close()
@@ -271,9 +264,7 @@ class Run:
             dist.destroy_process_group()
 
 
-def one_cycle(
-    module: nn.Module, lr: float, weight_decay: float, updates: int
-) -> tuple[Optimizer, LRScheduler]:
+def one_cycle(module: nn.Module, lr: float, decay: float, updates: int) -> tuple[Optimizer, LRScheduler]:
     """AdamW under a one-cycle schedule with peak `lr`."""
-    optimizer = AdamW(module.parameters(), lr, weight_decay=weight_decay, fused=True)
+    optimizer = AdamW(module.parameters(), lr, weight_decay=decay, fused=True)
     return optimizer, OneCycleLR(optimizer, lr, updates + 1)
