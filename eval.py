@@ -1,4 +1,4 @@
-"""Roll out every policy on unseen backgrounds, goals and seeds; success as numbers, tables and pictures.
+"""Roll out every policy on unseen backgrounds and goals; success as numbers, tables and pictures.
 
     python eval.py                               every finished run in runs/ -> results/quick
     python eval.py --runs RUN RUN --episodes 5   two runs, five episodes a task
@@ -6,9 +6,9 @@
 
 Per-episode rows are kept in runs/<name>/rollouts.csv: a killed evaluation goes on where it stopped, more
 --episodes roll out the missing ones only, rows of an older policy are dropped. results/<name>/ gets
-report.md, scores.csv and figures, runs/<name>/rollouts/ the films. Where the data are videos without a
-simulator there is nothing to roll out: errors.csv and the report have the policies' action errors on
-held-out episodes instead. IQM, stratified bootstrap and comparisons: common/statistics.py.
+report.md, scores.csv, probes.csv and figures, runs/<name>/rollouts/ the films. Where the data are videos
+without a simulator there is nothing to roll out: errors.csv and the report have the policies' action errors
+on held-out episodes instead. IQM, stratified bootstrap and comparisons: common/statistics.py.
 """
 
 from __future__ import annotations

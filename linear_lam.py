@@ -83,9 +83,9 @@ class Args:
     train_episodes: int = 0
     """with --data: fit on the first so many episodes of a task alone; 0: on all but the held-out ones"""
     quick: bool = False
-    """the study with 20 updates a training, one restart and two seeds: to see that it runs"""
+    """the study with 20 updates a training, one restart, two scales of the last panel: to see that it runs"""
     out: str = ""
-    """folder of tables and figures; empty: results/linear_lam, with --quick results/linear_lam_quick"""
+    """folder of tables and figures; empty: results/linear_lam, linear_lam_quick, or with --data its name"""
 
 
 # -------------------------------------------------------------------------------- population, closed form
@@ -624,11 +624,10 @@ def main(arguments: list[str]) -> None:
     base, folder = BASE, "results/linear_lam"
     if args.quick:
         base, folder = QUICK, "results/linear_lam_quick"
-    folder = Path(args.out or folder)
     if args.data:
-        bridge(args, folder)
+        bridge(args, Path(args.out or f"results/{Path(args.data).absolute().name}"))
     elif asks_for_study(arguments):
-        study(folder, base)
+        study(Path(args.out or folder), base)
     else:
         one_case(args)
 

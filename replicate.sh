@@ -105,6 +105,8 @@ motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
 views) # what the FDM may see (DETAIL 4), probes alone; 512 and 64 episodes with the same held-out ones
   for noise in 0 0.3; do
     collect --tasks drawer-open door-open --episodes-per-task 640 --noise $noise --out data/views$noise
+  done
+  for noise in 0 0.3; do
     for task in ${TASKS:-drawer-open door-open}; do for episodes in 64 512; do for gap in 1 4; do
       on="--data data/views$noise --tasks $task --train-episodes $episodes --frame-gap $gap --stages lam"
       for sees in z target frame; do for target in embedding clean; do

@@ -250,13 +250,21 @@ def draw_probes_of_levels(
 
 @plt.rc_context({"axes.grid": False})
 def plot_probes(runs: list[dict], path: Path) -> Path | None:
-    """Action-probe NMSE of embedding targets, mean over runs: encoder and prompt by layer and pool."""
-    values = defaultdict(list)
+    """Action-probe NMSE of embedding targets, mean over runs: encoder and prompt by layer and pool.
+
+    Runs of other updates of stage 1 or frame gaps can not be compared: of those settings, the one that has
+    the most targets.
+    """
+    settings = defaultdict(lambda: defaultdict(list))
     for run in runs:
         embedding = run.get("embedding")
         if embedding and run.get("action_probe_nmse") is not None:
+            updates = run.get("lam_updates", run.get("teacher_updates"))  # of latbot.py: the teacher's
             name = f"{embedding['encoder']}: {textwrap.shorten(embedding['prompt'], 40)}"
-            values[name, f"layer {embedding['layer']}, {embedding['pool']}"].append(run["action_probe_nmse"])
+            target = name, f"layer {embedding['layer']}, {embedding['pool']}"
+            setting = settings[updates, run.get("frame_gap", run.get("span"))]
+            setting[target].append(run["action_probe_nmse"])
+    (updates, gap), values = max(settings.items(), key=lambda item: len(item[1]), default=((0, 0), {}))
     if len(values) < 2:
         return None
     names = sorted({name for name, _ in values})
@@ -277,6 +285,7 @@ def plot_probes(runs: list[dict], path: Path) -> Path | None:
             axes.text(x, y, f"{value:.2f}", color=colour, fontsize=8, **middle)
     axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title(f"{updates} updates of stage 1, frame gap {gap}", fontsize=9)
     figure.colorbar(picture, label="action-probe NMSE")
     return save_figure(figure, path)
 

@@ -41,12 +41,14 @@ work() { # trains what is queued
     { echo "replicate.sh: some runs failed, see above; the same line goes on" >&2 && exit 1; }
 }
 best_view() { # NAME: what the FDM sees in the best of NAME-{z,target,frame}, by the lowest budget's labels; or z
-  python - results/$scale/runs/$1- << 'EOF'
+  python - {results/$scale/runs,runs/$scale}/$1- << 'EOF'
 import json, pathlib, sys
 def nmse(view):
-    path = pathlib.Path(sys.argv[1] + view + "/summary.json")
-    probes = json.loads(path.read_text())["labelled_probe_nmse"] if path.exists() else {"": 2}
-    return list(probes.values())[0]
+    for beginning in sys.argv[1:]:
+        path = pathlib.Path(beginning + view + "/summary.json")
+        if path.exists():
+            return next(iter(json.loads(path.read_text())["labelled_probe_nmse"].values()))
+    return 2
 print(min(("z", "target", "frame"), key=nmse))
 EOF
 }

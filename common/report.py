@@ -130,7 +130,7 @@ def success_section(table: list[dict]) -> str:
             [entry["method"], entry["labelled"], *probes, *success, *of_tasks, count_of(entry["seeds"])]
         )
     header = ["method", "labelled", "probe NMSE", "leak R²", "success IQM", "mean", *tasks, "n runs"]
-    text = "# Success on unseen backgrounds, goals and seeds\n\n" + markdown_table(header, rows)
+    text = "# Success on unseen backgrounds and goals\n\n" + markdown_table(header, rows)
     text += (
         "Brackets: 95 % stratified-bootstrap CI (50 000 replicates; runs are resampled within each task).\n"
     )

@@ -164,6 +164,8 @@ def test_heat_map_of_embedding_targets(drawn):
         make_run("blind", 0, about | {"prompt": "blind", "pool": "last"}, action_probe_nmse=0.9),
         make_run("oracle", 0, about | {"encoder": "oracle"}, action_probe_nmse=0.4),
         make_run("pixels", 0, None, action_probe_nmse=1.0),
+        make_run("longer", 0, about, action_probe_nmse=0.1, lam_updates=2000),  # can not be compared
+        make_run("gap", 0, about, action_probe_nmse=0.1, frame_gap=4),
     ]
     figures.plot_probes(runs, Path("probes.png"))
     axes = drawn["probes.png"].axes[0]

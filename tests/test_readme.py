@@ -248,8 +248,9 @@ def test_replicate_paper_takes_the_view_that_the_labels_prefer(tmp_path):
     (tmp_path / "common").mkdir()
     for name in ("replicate.sh", "common/grid.sh"):
         shutil.copy(ROOT / name, tmp_path / name)
+    places = {"z": "results/paper/runs", "target": "runs/paper", "frame": "runs/paper"}  # kept; run by --list
     for view, nmse in {"z": 0.9, "target": 0.4, "frame": 0.6}.items():
-        folder = tmp_path / f"results/paper/runs/view-oracle-{view}"
+        folder = tmp_path / f"{places[view]}/view-oracle-{view}"
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({"labelled_probe_nmse": {"32": nmse}}))
     lines = {line[-1]: shlex.join(line) for line in listed("paper", tmp_path) if line[1] == "lam_vlm.py"}
