@@ -127,7 +127,7 @@ def plot_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     size = (1 + 3.2 * len(budgets), 3.2)
     figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
     for axes, budget in zip(panels[0], budgets):
-        for run in lams:
+        for run in [run for run in lams if budget in run["labelled_episodes"]]:
             own = (run["variant"], run["seed"], budget)
             success = []
             for row in scores:

@@ -25,7 +25,7 @@ ERROR_MEASURES = {
     "rmse": "Root of the mean squared error, in the action's own units",
 }
 PROBES = ("action_probe_nmse", "leak_probe_r2", "state_probe_r2")
-PROBE_COLUMNS = ["method", "tasks", "seed", "latent", "action_nmse", "leak_r2"]
+PROBE_COLUMNS = ["method", "tasks", "labelled", "seed", "latent", "action_nmse", "leak_r2"]
 
 
 def make_report(
@@ -73,7 +73,8 @@ def add_probes(table: list[dict], runs: list[dict]) -> None:
     for entry in table:
         mine = []
         for run in runs:
-            if run["policy"] and run["variant"] == entry["method"] and run["seed"] in entry["seeds"]:
+            same = run["variant"] == entry["method"] and run["seed"] in entry["seeds"]
+            if run["policy"] and same and entry["labelled"] in run["labelled_episodes"]:
                 mine.append(run)
         for name in PROBES:
             entry[name] = probe(mine, name)
@@ -89,8 +90,9 @@ def probe_rows(runs: list[dict]) -> list[dict]:
             if (latent == "" and len(latents) > 1) or (nmse is None and leak is None):
                 continue  # the one that is cloned, which has a name as well; or nothing was probed
             row = {"method": run["variant"], "tasks": " ".join(run["tasks"]), "seed": run["seed"]}
+            row["labelled"] = " ".join(run["labelled_episodes"])
             rows.append(row | {"latent": latent.rstrip("_") or "z", "action_nmse": nmse, "leak_r2": leak})
-    rows.sort(key=lambda row: (row["method"], row["tasks"], row["seed"]))
+    rows.sort(key=lambda row: (row["method"], row["tasks"], row["labelled"], row["seed"]))
     return rows
 
 
@@ -187,14 +189,14 @@ def latent_section(runs: list[dict]) -> str:
     found = defaultdict(list)
     for row in probe_rows(runs):
         if row["latent"] != "z":
-            found[row["method"], row["latent"]].append(row)
+            found[row["method"], row["labelled"], row["latent"]].append(row)
     if not found:
         return ""
     lines = []
-    for (method, latent), rows in found.items():
+    for names, rows in found.items():
         probes = [number(probe(rows, name)) for name in ("action_nmse", "leak_r2")]
-        lines.append([method, latent, *probes, str(len(rows))])
-    header = ["method", "latent", "probe NMSE", "leak R²", "n runs"]
+        lines.append([*names, *probes, str(len(rows))])
+    header = ["method", "labelled", "latent", "probe NMSE", "leak R²", "n runs"]
     return "# Probes of each latent\n\n" + markdown_table(header, lines)
 
 

@@ -505,13 +505,30 @@ def test_probes_of_each_latent(lab):
     make_run("bc", 0, stages=("bc",))
     evaluate(media=0)
     assert Path("results/tiny/probes.csv").read_text() == (
-        "method,tasks,seed,latent,action_nmse,leak_r2\n"
-        "lapo,reach,0,z,0.25,\n"
-        "univla,reach push,0,ti,0.9,0.2\nunivla,reach push,0,tc,0.5,0.0\n"
-        "univla,reach push,1,ti,0.9,0.2\nunivla,reach push,1,tc,0.5,0.1\n"
+        "method,tasks,labelled,seed,latent,action_nmse,leak_r2\n"
+        "lapo,reach,2,0,z,0.25,\n"
+        "univla,reach push,2,0,ti,0.9,0.2\nunivla,reach push,2,0,tc,0.5,0.0\n"
+        "univla,reach push,2,1,ti,0.9,0.2\nunivla,reach push,2,1,tc,0.5,0.1\n"
     )
     report = Path("results/tiny/report.md").read_text()
-    assert "| univla | ti | 0.90 | 0.20 | 2 |\n| univla | tc | 0.50 | 0.05 | 2 |\n" in report
+    assert "| univla | 2 | ti | 0.90 | 0.20 | 2 |\n| univla | 2 | tc | 0.50 | 0.05 | 2 |\n" in report
+
+
+def test_probes_are_those_of_the_label_budget(lab):
+    """Where labels train the latents, each budget is a run of its own, with the same name and seed."""
+    for budget, nmse in (("2", 0.8), ("16", 0.4)):
+        make_run("latbot", 0, labelled=(budget,), action_probe_nmse=nmse, motion_action_probe_nmse=nmse)
+        Path("runs/latbot-s0").rename(f"runs/latbot-{budget}-s0")
+    evaluate(media=0)
+    rows = Path("results/tiny/report.md").read_text().splitlines()
+    assert [row[:23] for row in rows if row.startswith("| latbot | ")] == [
+        "| latbot | 2 | 0.80 | –",
+        "| latbot | 16 | 0.40 | ",
+        "| latbot | 16 | motion ",
+        "| latbot | 2 | motion |",
+    ]
+    probes = Path("results/tiny/probes.csv").read_text()
+    assert "latbot,reach,2,0,motion,0.8," in probes and "latbot,reach,16,0,motion,0.4," in probes
 
 
 def test_only_seeds_common_to_all_tasks_count(lab):

@@ -35,7 +35,8 @@ def make_scores(method: str, budgets: tuple[str, ...], success: float, seeds: in
 
 def make_run(variant: str, seed: int = 0, embedding: dict | None = None, **fields: object) -> dict:
     run = {"variant": variant, "default_variant": variant, "seed": seed, "tasks": ["a"], "policy": True}
-    return run | {"fdm_sees": "z", "supervision": 0.0, "embedding": embedding} | fields
+    run |= {"fdm_sees": "z", "supervision": 0.0, "labelled_episodes": ["2", "8"]}
+    return run | {"embedding": embedding} | fields
 
 
 def labels(axes) -> list[str]:
@@ -151,6 +152,16 @@ def test_leak_against_success(drawn):
     titles = [axes.get_title() for axes in drawn["apart.png"].axes]
     assert titles == ["2 labelled episodes", "8 labelled episodes"]
     assert labels(drawn["apart.png"].axes[-1]) == ["first", "second"]
+
+    rows = make_scores("first", ("2",), 0.1) + make_scores("first", ("8",), 0.7)  # each budget its own run
+    rows += make_scores("second", ("2", "8"), 0.3)
+    own = []
+    for name, budget, leak in (("first", "2", 0.4), ("first", "8", 0.1), ("second", "2", 0.0)):
+        own.append(make_run(name, labelled_episodes=[budget], leak_probe_r2=leak))
+    figures.plot_leak(summarise(rows, "success", []), own, rows, Path("own.png"))
+    two, eight = drawn["own.png"].axes
+    assert len(two.collections) == 2 and len(eight.collections) == 1
+
     one = make_scores("first", ("2",), 0.1)
     assert figures.plot_leak(summarise(one, "success", []), runs, one, Path("one.png")) is None
 
