@@ -524,8 +524,8 @@ def test_probes_are_those_of_the_label_budget(lab):
     assert [row[:23] for row in rows if row.startswith("| latbot | ")] == [
         "| latbot | 2 | 0.80 | –",
         "| latbot | 16 | 0.40 | ",
-        "| latbot | 16 | motion ",
         "| latbot | 2 | motion |",
+        "| latbot | 16 | motion ",
     ]
     probes = Path("results/tiny/probes.csv").read_text()
     assert "latbot,reach,2,0,motion,0.8," in probes and "latbot,reach,16,0,motion,0.4," in probes
