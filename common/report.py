@@ -82,8 +82,13 @@ def add_probes(table: list[dict], runs: list[dict]) -> None:
 
 def probe_rows(runs: list[dict]) -> list[dict]:
     """The rows of probes.csv, one for each latent of a run: z, or the names that its summary has."""
+
+    def order(run: dict) -> tuple:
+        budgets = [budget_order(budget) for budget in run["labelled_episodes"]]
+        return run["variant"], run["tasks"], run["seed"], budgets
+
     rows = []
-    for run in sorted(runs, key=lambda run: [budget_order(each) for each in run["labelled_episodes"]]):
+    for run in sorted(runs, key=order):
         latents = [key.removesuffix(PROBES[0]) for key in run if key.endswith(PROBES[0])]
         for latent in latents:
             nmse, leak = (run.get(latent + name) for name in PROBES[:2])
@@ -92,7 +97,6 @@ def probe_rows(runs: list[dict]) -> list[dict]:
             row = {"method": run["variant"], "tasks": " ".join(run["tasks"]), "seed": run["seed"]}
             row["labelled"] = " ".join(run["labelled_episodes"])
             rows.append(row | {"latent": latent.rstrip("_") or "z", "action_nmse": nmse, "leak_r2": leak})
-    rows.sort(key=lambda row: (row["method"], row["tasks"], row["seed"]))  # budgets stay in their order
     return rows
 
 

@@ -264,7 +264,7 @@ class Run:
             dist.destroy_process_group()
 
 
-def one_cycle(module: nn.Module, lr: float, decay: float, updates: int) -> tuple[Optimizer, LRScheduler]:
+def one_cycle(module: nn.Module, lr: float, weight_decay: float, updates: int) -> tuple[AdamW, OneCycleLR]:
     """AdamW under a one-cycle schedule with peak `lr`."""
-    optimizer = AdamW(module.parameters(), lr, weight_decay=decay, fused=True)
+    optimizer = AdamW(module.parameters(), lr, weight_decay=weight_decay, fused=True)
     return optimizer, OneCycleLR(optimizer, lr, updates + 1)
