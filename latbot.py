@@ -422,8 +422,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     rows = np.tile(windows.labelled, max(1, min(COPIES, 50_000 // len(windows.labelled))))
     shifts = np.random.default_rng([args.seed, 4]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))
 
-    def say(pick: np.ndarray) -> Tensor:
-        first = random_shift(data.frame(rows[pick]), run.tensor(shifts[pick]), args.max_shift)
+    def say(pick: np.ndarray, first: Tensor) -> Tensor:
         with run.autocast():
             said, _, _ = expert.student(first, windows.task(rows[pick]))
         return said.float()
@@ -431,8 +430,12 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     some = np.arange(len(rows))
     if trains:  # what it says will change: for the scale alone
         some = thinned(some)
+    said = []
     with torch.no_grad():
-        said = torch.cat([say(part) for part in chunks(some)])
+        for part in chunks(some):
+            first = random_shift(data.frame(rows[part]), run.tensor(shifts[part]), args.max_shift)
+            said.append(say(part, first))
+    said = torch.cat(said)
     expert.set_scale(windows, said, args)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
@@ -443,7 +446,11 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
         noise = step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32)[run.share]
         time = step.rng.random((args.batch_size, 1), np.float32)[run.share]
         noise, time = run.tensor(noise), run.tensor(time)
-        z = expert.hear(say(pick) if trains else said[run.tensor(pick)])
+        if trains:  # it sees each frame under another shift every time
+            shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
+            z = expert.hear(say(pick, shift(data.frame(rows[pick]))))
+        else:
+            z = expert.hear(said[run.tensor(pick)])
         said_noise = step.rng.standard_normal((args.batch_size, z.shape[1]), np.float32)[run.share]
         z = z + SAID_NOISE * run.tensor(said_noise)
         noisy = (1 - time[..., None]) * noise + time[..., None] * motion

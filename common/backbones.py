@@ -152,7 +152,9 @@ class VLMBackbone(nn.Module):
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
             self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-            self.model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False)
+            self.model = AutoModelForImageTextToText.from_pretrained(
+                source, trust_remote_code=False, dtype=torch.float32
+            )
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.add_tokens(list(MARKS), special_tokens=True)

@@ -80,7 +80,7 @@ class DINO:
         with one_line(f"--features {source}"):
             from transformers import AutoModel
 
-            self.model = AutoModel.from_pretrained(source, trust_remote_code=False)
+            self.model = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
         config = self.model.config
         if config.model_type not in DINO_TYPES:
             fail(f"--features {source} is of type {config.model_type!r}; valid: {', '.join(DINO_TYPES)}")
@@ -112,7 +112,7 @@ def text_states(source: str, texts: list[str]) -> Tensor:
         from transformers import AutoModel, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModel.from_pretrained(source, trust_remote_code=False)
+        model = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     batch = tokenizer(texts, padding=True, return_tensors="pt")

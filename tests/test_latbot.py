@@ -1,6 +1,7 @@
 """latbot.py: words, masks, normalisation, flow, stages; on made-up data."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from conftest import kill_when, refusal, run_script, start_script
 from made_up import SIZE, make_data
 
@@ -432,8 +434,14 @@ def test_a_vlm_gets_two_words_and_keeps_its_vision(llava):
 
 
 def test_a_vlm_from_end_to_end(made_up, llava, tmp_path):
+    """Its file is in half precision, as most are; weights here are float32."""
+    model = transformers.AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)
+    shutil.copytree(llava, tmp_path / "half")
+    model.save_pretrained(tmp_path / "half")
     flags = "--frames 2 --teacher-updates 2 --student-updates 2 --expert-updates 2 --batch-size 4"
-    latbot.main(parse(made_up, tmp_path / "run", *flags.split(), "--backbone", llava))
+    latbot.main(parse(made_up, tmp_path / "run", *flags.split(), "--backbone", tmp_path / "half"))
+    weights = torch.load(tmp_path / "run/expert_2.pt", weights_only=True)["module"]
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
     chunk = latbot.load_policy(tmp_path / "run").plan(
         np.zeros((1, 1, SIZE, SIZE, 3), np.uint8), "push", [[0]]
     )
