@@ -14,12 +14,15 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 
-from common import fail
+from common import differences, fail
 from common.shards import atomic_write, read_json, read_meta
 from common.statistics import budget_order
 
 COLUMNS = ["task", "labelled", "eval_seed", "episode", "goal", "clip", "clip_start"]
 COLUMNS += ["success", "first_success_step", "return", "policy_hash"]
+# Arguments in which the runs of a method may differ.
+BY_RUN = ("seed", "tasks", "labelled_episodes", "stages", "data", "out", "variant")
+BY_RUN += ("device", "dtype", "export")
 
 # ---------------------------------------------------------------------------------------- runs
 
@@ -54,8 +57,10 @@ def read_run(folder: Path) -> dict:
         if key not in summary:
             why = f"has no {key}: it is foreign, or of an older version"
             fail(f"{folder}/summary.json {why}; train that run again, or choose others with --runs")
-    run = read_json(folder / "args.json") | summary
+    args = read_json(folder / "args.json")
+    run = args | summary
     run["dir"] = folder
+    run["trained"] = {name: value for name, value in args.items() if name not in BY_RUN}
     run["policy"] = bool(run["policy_hash"])  # one of each label budget
     run["labelled_episodes"] = sorted(map(str, run["labelled_episodes"]), key=budget_order)
     if run["policy"]:
@@ -79,6 +84,10 @@ def refuse_mixture(run: dict, other: dict) -> None:
         fail(f"{both} with seed {run['seed']}; choose with --runs")
     if run["data"] != other["data"]:
         fail(f"{both} with different data; choose with --runs")
+    both_have = {name: value for name, value in run["trained"].items() if name in other["trained"]}
+    changed = differences(other["trained"], both_have)
+    if shared_tasks and changed:
+        fail(f"{both} with other arguments ({changed}); choose with --runs, or name one by --variant")
 
 
 def choose_budgets(runs: list[dict], wanted: tuple[str, ...]) -> None:

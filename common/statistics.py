@@ -79,9 +79,18 @@ def mean_difference(x: ArrayLike, y: ArrayLike) -> np.ndarray:
     return mean(x) - mean(y)
 
 
-def probability_of_improvement(x: ArrayLike, y: ArrayLike) -> float:
-    """`win_rate` of two matrices; ValueError as in `checked`."""
-    return float(win_rate(checked(x), checked(y)))
+def iqm_ratio(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+    return ratio(iqm(x), iqm(y))
+
+
+def mean_ratio(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+    return ratio(mean(x), mean(y))
+
+
+def ratio(x: ArrayLike, y: ArrayLike) -> np.ndarray:
+    """x / y; inf over 0, but 1 of 0 over 0."""
+    x, y = np.asarray(x), np.asarray(y)
+    return np.divide(x, y, out=np.where(x > 0, np.inf, 1.0), where=y > 0)
 
 
 # ---------------------------------------------------------------------------------------- bootstrap
@@ -121,7 +130,7 @@ def stratified_bootstrap_ci(
     for index, scores in enumerate(matrices):
         draws.append(replicates(scores, reps, [seed, index], pooled[index]))
     values = np.concatenate([statistic(*drawn) for drawn in zip(*draws, strict=True)])
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")  # no inf - inf
     return float(low), float(high)
 
 
@@ -177,8 +186,9 @@ def entry_order(entry: dict) -> tuple:
 def compare(table: list[dict]) -> list[dict]:
     """Each method against each of BASELINES with the same label budget. table: see `summarise`.
 
-    A row has method, base, labelled, tasks (those that both have, and that count), for iqm and mean the ratio
-    (None over 0) and the difference with its CI; win_rate with its CI.
+    Seeds choose the labelled episodes, and tasks differ in difficulty: those that both have are compared. A
+    row has method, base, labelled, tasks, seeds; ratio and difference of iqm and mean, and win_rate, each
+    with its CI.
     """
     rows = []
     for index, base in enumerate(BASELINES):
@@ -186,25 +196,23 @@ def compare(table: list[dict]) -> list[dict]:
             for x in table:
                 if y["method"] != base or x["method"] in BASELINES[index:] or x["labelled"] != y["labelled"]:
                     continue
-                tasks = [task for task in x["tasks"] if task in y["tasks"]]
-                if tasks:
-                    row = {"method": x["method"], "base": base, "labelled": x["labelled"], "tasks": tasks}
-                    rows.append(row | versus(x, y, tasks))
+                common = {name: [each for each in x[name] if each in y[name]] for name in ("tasks", "seeds")}
+                if common["tasks"] and common["seeds"]:
+                    names = {"method": x["method"], "base": base, "labelled": x["labelled"]}
+                    rows.append(names | common | versus(x, y, **common))
     return rows
 
 
-def versus(x: dict, y: dict, tasks: list[str]) -> dict:
-    """What `compare` says of two entries of a table on some of their tasks."""
+def versus(x: dict, y: dict, tasks: list[str], seeds: list[int]) -> dict:
+    """What `compare` says of two entries of a table on some of their tasks and seeds."""
     matrices = []
     for entry in (x, y):
-        matrices.append(entry["matrix"][:, [entry["tasks"].index(task) for task in tasks]])
-    pooled = (x["pooled"], y["pooled"])
+        rows, columns = map(entry["seeds"].index, seeds), map(entry["tasks"].index, tasks)
+        matrices.append(entry["matrix"][np.ix_(list(rows), list(columns))])
     row = {}
-    for name, measure, difference in (("iqm", iqm, iqm_difference), ("mean", mean, mean_difference)):
-        of_x, of_y = (float(measure(matrix)) for matrix in matrices)
-        row[f"{name}_ratio"] = of_x / of_y if of_y else None
-        row[f"{name}_difference"] = of_x - of_y
-        row[f"{name}_ci"] = stratified_bootstrap_ci(*matrices, statistic=difference, pooled=pooled)
-    row["win_rate"] = probability_of_improvement(*matrices)
-    row["win_rate_ci"] = stratified_bootstrap_ci(*matrices, statistic=win_rate, pooled=pooled)
+    for statistic in (iqm_ratio, iqm_difference, mean_ratio, mean_difference, win_rate):
+        name = statistic.__name__
+        pooled = (x["pooled"], y["pooled"])
+        row[name] = float(statistic(*matrices))
+        row[f"{name}_ci"] = stratified_bootstrap_ci(*matrices, statistic=statistic, pooled=pooled)
     return row

@@ -19,6 +19,7 @@ from conftest import ROOT, run_script
 from made_up import LENGTH, flags, make_data
 
 import eval as ev
+from common.report import remarks
 from common.shards import lock_folder
 from eval import Args
 
@@ -326,6 +327,12 @@ def test_runs_that_only_share_a_name_are_refused(lab):
     shutil.copytree("data/tiny", "data/other")
     make_run("lapo", seed=1, data="data/other")
     assert "are both variant 'lapo' with different data" in refusal(runs=("lapo-s0", "lapo-s1"))
+    for seed, lr in ((2, 0.1), (3, 0.2)):
+        make_run("lapo", seed)
+        args = json.loads(Path(f"runs/lapo-s{seed}/args.json").read_text())
+        Path(f"runs/lapo-s{seed}/args.json").write_text(json.dumps(args | {"lr": lr}))
+    evaluate(runs=("lapo-s0", "lapo-s2"))  # an older run does not know the flag
+    assert "'lapo' with other arguments (lr: 0.1 there, 0.2 here)" in refusal(runs=("lapo-s2", "lapo-s3"))
 
 
 @pytest.mark.parametrize(
@@ -486,11 +493,13 @@ def test_scores_report_and_figures(lab, capsys):
     assert "lapo|2|0.91|0.40|0.67 [0.67, 0.67]|0.67 [0.67, 0.67]|0.67|3" in lines
     assert "lapo-clean|16|0.50|0.10|1.00 [1.00, 1.00]|1.00 [1.00, 1.00]|1.00|3" in lines
     assert "bc|all|–|–|0.67|0.67|0.67|1 (no CI)" in lines
-    better = "1.50|0.33 [0.33, 0.33]|1.50|0.33 [0.33, 0.33]|1.00 [1.00, 1.00]"  # ratio, difference, P(better)
-    assert f"lapo-clean|lapo|16|1|{better}" in lines, "on one task"
-    assert any(line.startswith("lapo-clean|lapo|2|1|1.00|0.00 [0.00, 0.00]|") for line in lines)
+    better = 2 * "1.50 [1.50, 1.50]|0.33 [0.33, 0.33]|"  # ratio and difference of IQM and mean
+    better += "1.00 [1.00, 1.00]"  # P(better)
+    assert f"lapo-clean|lapo|16|1|3|{better}" in lines, "on one task, three seeds"
+    assert any(line.startswith("lapo-clean|lapo|2|1|3|1.00 [1.00, 1.00]|0.00") for line in lines)
     assert lines.index("undecoded|0.66|–|–|1") < lines.index("probed|0.77|0.20|0.30|1"), "best target first"
     assert "One run gives no CI" in report and "- trained at: abc\n" in report
+    assert "So few runs make" in report and "have different seeds" in report
     for name in ("success", "strip", "leak_vs_success"):
         assert Path(f"results/tiny/{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -541,6 +550,21 @@ def test_only_seeds_common_to_all_tasks_count(lab):
     assert "lapo (2 labelled): only seeds common to all its tasks are counted: [0]." in report
     assert "other (2 labelled): only seeds common to all its tasks are counted: none, left out." in report
     assert "| 1 (no CI) |" in report
+
+
+def test_what_cannot_be_compared_is_said():
+    def run(variant: str, videos: str, seed: int, policy: bool) -> dict:
+        data = {"meta": {"env": {"videos": videos}}} if policy else {}
+        return {"variant": variant, "seed": seed, "tasks": ["reach"], "policy": policy} | data
+
+    rolled_out = [run("lapo", "generated", 0, True), run("lapo-clean-data", "none", 0, True)]
+    (note,) = remarks([], rolled_out)
+    assert note == "Trained and rolled out without distractors: lapo-clean-data."
+    assert not remarks([], rolled_out[1:]), "all of them"
+    probed = [run("a", "", 0, False), run("b", "", 0, False)]
+    assert not remarks([], probed)
+    (note,) = remarks([], [*probed, run("b", "", 1, False)])
+    assert "differ in tasks or seeds" in note
 
 
 def test_runs_with_probes_alone_need_no_environment(lab):

@@ -11,7 +11,7 @@ from common.statistics import (
     iqm_difference,
     mean,
     mean_difference,
-    probability_of_improvement,
+    mean_ratio,
     replicates,
     stratified_bootstrap_ci,
     summarise,
@@ -138,6 +138,28 @@ def test_ci_covers_the_truth(statistic):
     assert np.mean([high - low for low, high in intervals]) < 0.1
 
 
+@pytest.mark.parametrize("runs, apart, pooled", [(2, 0.8, 0.5), (3, 0.85, 0.75)])
+def test_few_runs_make_the_interval_too_narrow(runs, apart, pooled):
+    """What the report says of so few runs, six tasks."""
+    rng = np.random.default_rng(0)
+    for one_model, expected in ((False, apart), (True, pooled)):
+        covered = 0
+        for _ in range(300):
+            spread = rng.normal(size=(runs, 1 if one_model else 6))  # of runs: around a truth of 0
+            scores = spread + np.zeros((runs, 6))
+            low, high = stratified_bootstrap_ci(scores, statistic=mean, pooled=[one_model], reps=500)
+            covered += low <= 0 <= high
+        assert covered / 300 == pytest.approx(expected, abs=0.07)
+
+
+def test_a_ratio_has_an_interval_up_to_infinity():
+    assert mean_ratio([[0.5, 0.7]], [[0.1, 0.3]]) == pytest.approx(3.0)
+    assert mean_ratio([[0.5]], [[0.0]]) == np.inf and mean_ratio([[0.0]], [[0.0]]) == 1
+    half = [[0.5], [0.5]]  # over COIN's means: 0.5 of 1, of 1/2 and of 0
+    assert stratified_bootstrap_ci(half, COIN, statistic=mean_ratio) == (0.5, np.inf)
+    assert stratified_bootstrap_ci(half, COIN, statistic=mean_ratio, level=0.4) == (1.0, 1.0)
+
+
 def test_one_run_gives_no_ci():
     assert stratified_bootstrap_ci([[0.1, 0.9, 0.4]]) is None
     assert stratified_bootstrap_ci([[0.1]], [[0.2], [0.3]], statistic=win_rate) is None
@@ -163,7 +185,7 @@ def test_bad_scores_are_refused(scores, reason):
     with pytest.raises(ValueError, match=reason) as first:
         stratified_bootstrap_ci(scores)
     with pytest.raises(ValueError, match=reason) as second:
-        probability_of_improvement(scores, [[0.0, 0.0]])
+        stratified_bootstrap_ci([[0.0, 0.0]], scores, statistic=win_rate)
     assert "\n" not in str(first.value) + str(second.value)
 
 
@@ -174,19 +196,19 @@ def test_swapped_axes_are_refused():
     with pytest.raises(ValueError, match="swap"):
         checked(scores.T, tasks)
     with pytest.raises(ValueError, match="same tasks"):
-        probability_of_improvement(scores, scores.T)
+        win_rate(scores, scores.T)
     with pytest.raises(ValueError, match="NaN"):  # which a sort would move to the end, and the cut hide
         iqm([[0.1, 0.2, 0.3, np.nan]])
 
 
-def test_probability_of_improvement():
-    assert probability_of_improvement([[1], [2]], [[0], [2]]) == 0.625  # won, lost, won, tied
-    assert probability_of_improvement([[1, 0], [1, 0]], [[0, 0], [0, 1]]) == 0.625  # 1 and 1/4 by task
+def test_win_rate():
+    assert win_rate([[1], [2]], [[0], [2]]) == 0.625  # won, lost, won, tied
+    assert win_rate([[1, 0], [1, 0]], [[0, 0], [0, 1]]) == 0.625  # 1 and 1/4 by task
     rng = np.random.default_rng(6)
     x, y = rng.integers(5, size=(4, 3)), rng.integers(5, size=(6, 3))
     expected = np.mean([scipy.stats.mannwhitneyu(x[:, t], y[:, t]).statistic / 24 for t in range(3)])
-    assert probability_of_improvement(x, y) == pytest.approx(expected)
-    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1)
+    assert win_rate(x, y) == pytest.approx(expected)
+    assert win_rate(x, y) + win_rate(y, x) == pytest.approx(1)
     half = [[0.5], [0.5]]
     assert stratified_bootstrap_ci(COIN, half, statistic=win_rate) == (0.0, 1.0)
     assert stratified_bootstrap_ci(COIN, half, statistic=win_rate, level=0.4) == (0.5, 0.5)
@@ -233,19 +255,25 @@ def test_comparison_with_the_baselines():
     rows = rows_of("lapo", lapo) + rows_of("lapo-oracle", oracle) + rows_of("bc-few", few)
     rows += rows_of("bc-all", [[1.0, 1.0]], "all") + rows_of("other-tasks", [[1.0]], tasks="a")
     rows += rows_of("lapo-frame", few)
+    rows += [row | {"seed": row["seed"] + 1} for row in rows_of("later", [[0.5, 0.7], [1.0, 1.0]])]
     found = {(row["method"], row["base"]): row for row in compare(summarise(rows, "success", []))}
     of_oracle = {("lapo-oracle", base) for base in ("lapo", "lapo-frame", "bc-few")}
     of_others = {("other-tasks", base) for base in ("lapo", "lapo-frame", "bc-few")}
+    of_others |= {("later", base) for base in ("lapo", "lapo-frame", "bc-few")}
     of_lapo = {("lapo", "lapo-frame"), ("lapo", "bc-few"), ("lapo-frame", "bc-few")}
     assert set(found) == of_oracle | of_others | of_lapo
     assert found["lapo-oracle", "lapo"]["tasks"] == ["a", "b"]
     row = found["other-tasks", "lapo"]
-    assert row["tasks"] == ["a"] and row["mean_difference"] == pytest.approx(1 - 0.3), "on what both have"
+    assert row["tasks"] == ["a"] and row["seeds"] == [0], "what both have"
+    assert row["mean_difference"] == pytest.approx(1 - 0.2) and row["mean_difference_ci"] is None
+    row = found["later", "lapo"]
+    assert row["seeds"] == [1] and row["mean_difference"] == pytest.approx(0.6 - 0.3)
     row = found["lapo-oracle", "lapo"]
     assert row["iqm_ratio"] == pytest.approx(0.7 / 0.2) and row["iqm_difference"] == pytest.approx(0.5)
     assert row["mean_ratio"] == pytest.approx(0.75 / 0.2) and row["mean_difference"] == pytest.approx(0.55)
-    assert row["iqm_ci"] == stratified_bootstrap_ci(oracle, lapo, statistic=iqm_difference)
-    assert row["mean_ci"] == stratified_bootstrap_ci(oracle, lapo, statistic=mean_difference)
+    assert row["iqm_difference_ci"] == stratified_bootstrap_ci(oracle, lapo, statistic=iqm_difference)
+    assert row["mean_difference_ci"] == stratified_bootstrap_ci(oracle, lapo, statistic=mean_difference)
+    assert row["mean_ratio_ci"] == stratified_bootstrap_ci(oracle, lapo, statistic=mean_ratio)
     assert row["win_rate"] == 1.0 and row["labelled"] == "2"
-    assert found["lapo", "bc-few"]["mean_ratio"] is None, "a ratio over 0"
+    assert found["lapo", "bc-few"]["mean_ratio"] == np.inf
     assert found["lapo", "bc-few"]["mean_difference"] == pytest.approx(0.2)
