@@ -62,8 +62,8 @@ class Args:
     """episodes whose sub-tasks the student learns to say: labelled, all, none"""
     expert_sees: Literal["both", "motion"] = "both"
     """latents that the expert is told: both, or that of motion alone"""
-    student: Literal["trains", "frozen"] = "frozen"
-    """whether the student trains on with the expert; with --latents none it always does"""
+    student: Literal["trains", "frozen"] = "trains"
+    """whether the student trains on with the expert (published); with --latents none it always does"""
     labelled_episodes: tuple[str, ...] = ("8",)
     """label budget, one: episodes a task whose true actions may be used, or `all`"""
     frames: int = 3
@@ -131,7 +131,6 @@ PAPER = Args(
     width=1024,
     heads=16,
     blocks=12,
-    student="trains",
     teacher_updates=100_000,
     student_updates=100_000,
     expert_updates=100_000,
@@ -419,10 +418,12 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     torch.manual_seed(args.seed + 2)
     trains = args.latents == "none" or args.student == "trains"
     expert = Expert(student, windows.domain, args).to(run.device)
+    # fixed copies: under fresh shifts a student that trains learns more slowly (docs/latbot.md)
     rows = np.tile(windows.labelled, max(1, min(COPIES, 50_000 // len(windows.labelled))))
     shifts = np.random.default_rng([args.seed, 4]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))
 
-    def say(pick: np.ndarray, first: Tensor) -> Tensor:
+    def say(pick: np.ndarray) -> Tensor:
+        first = random_shift(data.frame(rows[pick]), run.tensor(shifts[pick]), args.max_shift)
         with run.autocast():
             said, _, _ = expert.student(first, windows.task(rows[pick]))
         return said.float()
@@ -430,12 +431,8 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     some = np.arange(len(rows))
     if trains:  # what it says will change: for the scale alone
         some = thinned(some)
-    said = []
     with torch.no_grad():
-        for part in chunks(some):
-            first = random_shift(data.frame(rows[part]), run.tensor(shifts[part]), args.max_shift)
-            said.append(say(part, first))
-    said = torch.cat(said)
+        said = torch.cat([say(part) for part in chunks(some)])
     expert.set_scale(windows, said, args)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
@@ -446,11 +443,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
         noise = step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32)[run.share]
         time = step.rng.random((args.batch_size, 1), np.float32)[run.share]
         noise, time = run.tensor(noise), run.tensor(time)
-        if trains:  # it sees each frame under another shift every time
-            shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
-            z = expert.hear(say(pick, shift(data.frame(rows[pick]))))
-        else:
-            z = expert.hear(said[run.tensor(pick)])
+        z = expert.hear(say(pick) if trains else said[run.tensor(pick)])
         said_noise = step.rng.standard_normal((args.batch_size, z.shape[1]), np.float32)[run.share]
         z = z + SAID_NOISE * run.tensor(said_noise)
         noisy = (1 - time[..., None]) * noise + time[..., None] * motion
@@ -584,7 +577,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         f"-text-{args.text}": args.text != "labelled",
         f"-{Path(args.backbone).name}": args.backbone != "tiny",
         "-motion": args.expert_sees == "motion",
-        "-trains": teacher and args.student == "trains",
+        "-frozen": teacher and args.student == "frozen",
         "-clean-data": data.undistracted,
     }
     return name + "".join(part for part, holds in parts.items() if holds)
