@@ -62,7 +62,7 @@ class Args:
     """episodes whose sub-tasks the student learns to say: labelled, all, none"""
     expert_sees: Literal["both", "motion"] = "both"
     """latents that the expert is told: both, or that of motion alone"""
-    student: Literal["trains", "frozen"] = "trains"
+    student: Literal["trains", "frozen"] = "frozen"
     """whether the student trains on with the expert (published); with --latents none it always does"""
     labelled_episodes: tuple[str, ...] = ("8",)
     """label budget, one: episodes a task whose true actions may be used, or `all`"""
@@ -131,6 +131,7 @@ PAPER = Args(
     width=1024,
     heads=16,
     blocks=12,
+    student="trains",
     teacher_updates=100_000,
     student_updates=100_000,
     expert_updates=100_000,
@@ -577,7 +578,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         f"-text-{args.text}": args.text != "labelled",
         f"-{Path(args.backbone).name}": args.backbone != "tiny",
         "-motion": args.expert_sees == "motion",
-        "-frozen": teacher and args.student == "frozen",
+        "-trains": teacher and args.student == "trains",
         "-clean-data": data.undistracted,
     }
     return name + "".join(part for part, holds in parts.items() if holds)

@@ -75,7 +75,7 @@ latbot) # the same tasks; its labels train all stages, so that each budget is a 
   all="--data data/main --seed 0 $stem --labelled-episodes all"
   train no-latents-all $all --latents none --variant no-latents-all # can this policy do the tasks at all?
   train latbot-all $all --variant latbot-all
-  train latbot-frozen-all $all --student frozen --variant latbot-frozen-all
+  train latbot-trains-all $all --student trains --variant latbot-trains-all
   for seed in $seeds; do for budget in 2 8; do for clean in "" -clean; do
     [[ ! $clean || $seed == 0 ]] || continue
     on="--data data/main$clean --seed $seed $stem --labelled-episodes $budget" run=$clean-${budget}_s$seed
@@ -84,14 +84,14 @@ latbot) # the same tasks; its labels train all stages, so that each budget is a 
       train latbot-text-all$run $on --text all
       train no-latents-text-all$run $on --latents none --text all
     fi
-    for frozen in "" "--student frozen"; do # in stage 3 the student trains on, or the expert alone is trained
-      [[ ! $frozen || $seed$clean == 0 ]] || continue
-      run=${frozen:+-frozen}$clean-${budget}_s$seed
-      train undivided$run $on $frozen --latents undivided --action-weight 0
-      train split$run $on $frozen --action-weight 0
-      train actions$run $on $frozen --latents undivided
-      train latbot$run $on $frozen
-      [[ $clean ]] || train latbot-oracle$run $on $frozen --target embedding
+    for trains in "" "--student trains"; do # in stage 3 the expert alone is trained, or the student as well
+      [[ ! $trains || $seed == 0 ]] || continue
+      run=${trains:+-trains}$clean-${budget}_s$seed
+      train undivided$run $on $trains --latents undivided --action-weight 0
+      train split$run $on $trains --action-weight 0
+      train actions$run $on $trains --latents undivided
+      train latbot$run $on $trains
+      [[ $clean ]] || train latbot-oracle$run $on $trains --target embedding
     done
   done; done; done ;;
 motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open

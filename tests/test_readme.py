@@ -42,7 +42,7 @@ SCALES = {  # and how many runs each has at least
     "near": 108,
     "main": 216,
     "univla": 29,
-    "latbot": 71,
+    "latbot": 79,
     "motion": 32,
     "ablations": 120,
     "views": 96,
