@@ -117,8 +117,8 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
         notes.append("One run gives no CI: the spread between training seeds is unknown.")
     if any(len(entry["seeds"]) in (2, 3) for entry in summary):
         held = "with two runs about 80 % of them hold the truth, with three 85 %"
-        pooled = "of one model for all tasks 50 and 75 %"
-        notes.append(f"So few runs make the 95 % intervals too narrow: {held} (six tasks; {pooled}).")
+        whole = "of one model for all tasks 50 and 75 %"
+        notes.append(f"So few runs make the 95 % intervals too narrow: {held} (six tasks; {whole}).")
     pooled = sorted({entry["method"] for entry in summary if entry["pooled"]})
     if pooled:
         how = "whole runs are resampled, the same ones for all tasks"

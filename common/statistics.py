@@ -207,12 +207,13 @@ def versus(x: dict, y: dict, tasks: list[str], seeds: list[int]) -> dict:
     """What `compare` says of two entries of a table on some of their tasks and seeds."""
     matrices = []
     for entry in (x, y):
-        rows, columns = map(entry["seeds"].index, seeds), map(entry["tasks"].index, tasks)
-        matrices.append(entry["matrix"][np.ix_(list(rows), list(columns))])
+        rows = [entry["seeds"].index(seed) for seed in seeds]
+        columns = [entry["tasks"].index(task) for task in tasks]
+        matrices.append(entry["matrix"][np.ix_(rows, columns)])
+    pooled = (x["pooled"], y["pooled"])
     row = {}
     for statistic in (iqm_ratio, iqm_difference, mean_ratio, mean_difference, win_rate):
         name = statistic.__name__
-        pooled = (x["pooled"], y["pooled"])
         row[name] = float(statistic(*matrices))
         row[f"{name}_ci"] = stratified_bootstrap_ci(*matrices, statistic=statistic, pooled=pooled)
     return row
