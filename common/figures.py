@@ -40,7 +40,8 @@ def look(index: int) -> dict[str, str]:
 
 def save_figure(figure: plt.Figure, path: Path) -> Path:
     png = io.BytesIO()
-    figure.savefig(png, dpi=150, bbox_inches="tight", format="png", metadata={"Software": None})
+    box = None if figure.get_layout_engine() else "tight"  # constrained fits as well, and twice costs twice
+    figure.savefig(png, dpi=150, bbox_inches=box, format="png", metadata={"Software": None})
     plt.close(figure)
     atomic_write(path, png.getvalue())
     return path
