@@ -265,7 +265,7 @@ def evaluation(smoke: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         make_quick_data(Path(folder, "data"), 6 if smoke else 60, steps)
         flags = "--lam-updates 1 --bc-updates 1 --decoder-updates 1 --encoder made_up".split()
-        flags += SMALL[:4] if smoke else []
+        flags += SMALL if smoke else []
         lam_vlm.main(lam_vlm.parse_args([*flags, "--data", f"{folder}/data", "--out", f"{folder}/run"]))
         command = ["eval.py", "--runs", f"{folder}/run", "--episodes", str(episodes), "--media", "0"]
         command += ["--workers", "1"] if smoke else []
