@@ -45,10 +45,14 @@ from common import encoders  # noqa: E402
 from common.dataset import Dataset  # noqa: E402
 from common.statistics import stratified_bootstrap_ci  # noqa: E402
 
-SMALL = "--widths 8 16 --batch-size 8 --decoder-updates 2".split()  # for --smoke
 LAOM = (
     "--widths 96 192 192 --res-blocks 2 --stem 2 --fdm-hidden 1024 --latent-dim 128 --batch-size 32".split()
 )
+
+
+def smallest(smoke: bool) -> list[str]:
+    """lam_vlm.py's flags of a network and batch that train at once, for --smoke."""
+    return "--widths 8 16 --batch-size 8".split() if smoke else []
 
 
 def interleaved(ways: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
@@ -190,7 +194,7 @@ def data_loading(smoke: bool) -> dict[str, float]:
             t = rng.choice(data.train, 128)
             data.observe(t), data.observe(t + 1), data.target(t), data.target(t + 1)
 
-        whole = seconds_an_update(Path(folder), SMALL if smoke else [], few, many)
+        whole = seconds_an_update(Path(folder), smallest(smoke), few, many)
         updates = [whole() for _ in range(repetitions)]
         loads = interleaved({"load": load}, 10 * repetitions)["load"]
     return {
@@ -225,7 +229,7 @@ def stage1(smoke: bool) -> dict[str, float]:
     """LAOM's widths at 64 px, embedding target, batches of 32, all cores: against float32, channels first and
     a DataLoader that collates single transitions in two processes."""
     repetitions, few, many = (1, 1, 2) if smoke else (3, 4, 16)
-    widths = SMALL if smoke else LAOM
+    widths = smallest(smoke) or LAOM
     with tempfile.TemporaryDirectory() as folder:
         make_quick_data(Path(folder, "data"), 6 if smoke else 60)
         arguments = ["--data", f"{folder}/data", "--encoder", "made_up", "--out", f"{folder}/plain", *widths]
@@ -265,7 +269,7 @@ def evaluation(smoke: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         make_quick_data(Path(folder, "data"), 6 if smoke else 60, steps)
         flags = "--lam-updates 1 --bc-updates 1 --decoder-updates 1 --encoder made_up".split()
-        flags += SMALL if smoke else []
+        flags += smallest(smoke)
         lam_vlm.main(lam_vlm.parse_args([*flags, "--data", f"{folder}/data", "--out", f"{folder}/run"]))
         command = ["eval.py", "--runs", f"{folder}/run", "--episodes", str(episodes), "--media", "0"]
         command += ["--workers", "1"] if smoke else []
@@ -412,7 +416,7 @@ def big(gib: float, smoke: bool) -> dict[str, float]:
         (root / "meta.json").write_text(json.dumps(meta | {"shards": shards}))
         updates = "10" if smoke else "1000"
         flags = f"lam_vlm.py --encoder made_up --stages lam --lam-updates {updates} --device cpu".split()
-        flags += SMALL if smoke else []
+        flags += smallest(smoke)
         result = {}
         for name in ("small", "big"):
             _, peak = measured(*flags, "--data", f"data/{name}", "--out", f"runs/{name}", cwd=folder)
@@ -432,10 +436,12 @@ def cost(smoke: bool) -> dict[str, float]:
         for episodes in (2,) if smoke else (10, 40, 160):
             data, run = f"data/{episodes}", f"runs/{episodes}"
             collect = f"collect.py --episodes-per-task {episodes} --out {data}"
+            # equal passes over the data
             updates = f"--lam-updates {5 * episodes} --bc-updates {5 * episodes} --labelled-episodes 1"
             if smoke:
-                updates += " " + " ".join(SMALL)
-            train = f"lam_vlm.py --data {data} --out {run} {updates} --stages"  # equal passes over the data
+                updates += " --decoder-updates 2"
+            network = " ".join(smallest(smoke))
+            train = f"lam_vlm.py --data {data} --out {run} {updates} {network} --stages"
             commands = {
                 "collect": f"{collect} --encoder none",
                 "embed": collect,

@@ -138,7 +138,7 @@ def workspace(tmp_path_factory) -> Path:
 def test_commands_of_a_page(page, workspace, monkeypatch):
     """The quick start first, whatever page is read: the others build on it."""
     monkeypatch.chdir(workspace)
-    done = workspace / "done.txt"  # of eval.py what followed the last training
+    done = workspace / "done.txt"  # what need not run again: of eval.py, what came after all else
     done.touch()
     found = commands((ROOT / "README.md").read_text())[:6] + commands((ROOT / page).read_text())
     for words in found:
