@@ -277,6 +277,9 @@ def test_the_ranking_of_targets_beside_trained_runs(tmp_path):
     columns = ("change_nmse", "change_leak", "innovation_nmse", "innovation_leak")
     values = [tuple(float(row[column]) for column in columns) for row in rows.values()]
     assert np.isfinite(values).all() and len(set(values)) == 6, "each target and gap has its own latents"
+    for row in rows.values():
+        known = [float(r2) for r2 in row["change_r2"].split() if r2 != "–"]
+        assert float(row["change_nmse"]) == pytest.approx(1 - np.mean(known), abs=2e-3)
     trained = {place: row["trained_leak"] for place, row in rows.items() if row["seeds"] != "0"}
     expected = {("pixels", "1"): "0.700", ("clean", "1"): "0.500", ("made_up_L0", "1"): "0.100"}
     assert trained == expected | {("made_up_L0", "2"): "0.200"}
