@@ -113,7 +113,6 @@ class Args:
 QUICK = Args()
 PAPER = Args(
     data="data/paper",
-    fdm_sees="target",
     labelled_episodes=("32",),
     latent_dim=128,
     widths=(96, 192, 192),

@@ -110,15 +110,15 @@ motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
   done; done ;;
 views) # what the FDM may see (DETAIL 4), by probes; 512 and 64 episodes with the same held-out ones
   corners='embedding-(z|frame)-(64-noise0|512-noise0.3)-gap1_drawer-open' # four of the runs, also by success
-  for noise in 0 0.3; do
-    collect --tasks drawer-open door-open --episodes-per-task 640 --noise $noise --out data/views$noise
-  done
-  for noise in 0 0.3; do for task in ${TASKS:-drawer-open door-open}; do for episodes in 64 512; do for gap in 1 4; do
-    on="--data data/views$noise --tasks $task --train-episodes $episodes --frame-gap $gap --batch-size 64"
+  tasks=${TASKS:-drawer-open door-open}
+  for noise in 0 0.3; do collect --tasks $tasks --episodes-per-task 640 --noise $noise --out data/views$noise; done
+  for noise in 0 0.3; do for task in $tasks; do for episodes in 64 512; do for gap in 1 4; do
+    on="--data data/views$noise --tasks $task --train-episodes $episodes --frame-gap $gap"
+    run_now linear_lam.py $on --out results/views/linear/$episodes-noise$noise-gap${gap}_$task
     for sees in z target frame; do for target in embedding clean; do
       run=$target-$sees-$episodes-noise$noise-gap$gap stages="--stages lam"
       [[ ! ${run}_$task =~ $corners ]] || stages="--labelled-episodes 2 4 8"
-      train ${run}_$task $on --fdm-sees $sees --target $target --lam-updates 2000 $stages --variant $run
+      train ${run}_$task $on --fdm-sees $sees --target $target --batch-size 64 --lam-updates 2000 $stages --variant $run
     done; done
   done; done; done; done ;;
 ablations) # one-flag variants on drawer-open
