@@ -263,8 +263,9 @@ def test_one_batch_can_be_learnt_by_heart(tiny_data, new_run, monkeypatch, targe
     """In every stage, on real frames: what a bug in gradient, shapes or pairing prevents."""
     monkeypatch.setattr(runs, "CHECKPOINT_EVERY", 200)
     network = dict(widths=(16, 32), stem=4, fdm_hidden=64, latent_dim=8, decoder_noise=0.0, max_shift=0)
+    network["dtype"] = "float32"  # the same on all hardware
     updates = dict(
-        lam_updates=150, bc_updates=150, decoder_updates=150, lr=5e-3, decoder_lr=5e-3, batch_size=8
+        lam_updates=150, bc_updates=150, decoder_updates=400, lr=5e-3, decoder_lr=5e-3, batch_size=8
     )
     run, data, args = new_run(
         data=tiny_data, encoder="oracle_best", target=target, labelled_episodes=("2",), **network, **updates
