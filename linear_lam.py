@@ -418,9 +418,11 @@ def numbers(result: dict[str, float]) -> list[str]:
     return [f"{abs(result[name]):.3f}" for name in MEASURES]
 
 
-def text_of(value: str | float | None) -> str:
+def text_of(value: str | float | list | None) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):
+        return " ".join(text_of(entry) or "–" for entry in value)
     if isinstance(value, float):
         return f"{value:.3f}"
     return str(value)

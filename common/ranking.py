@@ -45,8 +45,7 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
                 measured.append(probes.measure(view_train[here] @ weights, view_test[there] @ weights))
             measured = mean_over_tasks(measured)
             row[f"{variant}_nmse"] = measured["action_probe_nmse"]
-            r2 = ["–" if value is None else f"{value:.3f}" for value in measured["action_probe_r2"]]
-            row[f"{variant}_r2"] = " ".join(r2)  # of each action dimension
+            row[f"{variant}_r2"] = measured["action_probe_r2"]
             row[f"{variant}_leak"] = measured["leak_probe_r2"]
         row["seconds"] = time.time() - begun
         rows.append(row)

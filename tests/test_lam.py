@@ -260,15 +260,19 @@ def test_the_checkpoint_carries_the_scale_of_the_latents(new_run):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_one_batch_can_be_learnt_by_heart(tiny_data, new_run, monkeypatch, target):
-    """In every stage, on real frames: what a bug in gradient, shapes or pairing prevents."""
+    """In every stage, on real frames: what a bug in gradient, shapes or pairing prevents, on any CPU."""
     monkeypatch.setattr(runs, "CHECKPOINT_EVERY", 200)
-    network = dict(widths=(16, 32), stem=4, fdm_hidden=64, latent_dim=8, decoder_noise=0.0, max_shift=0)
-    network["dtype"] = "float32"  # the same on all hardware
-    updates = dict(
-        lam_updates=150, bc_updates=150, decoder_updates=400, lr=5e-3, decoder_lr=5e-3, batch_size=8
-    )
+    network = dict(widths=(16, 32), stem=4, fdm_hidden=64, latent_dim=8, dtype="float32")
+    exact = dict(decoder_noise=0.0, max_shift=0, batch_size=8)
+    updates = dict(lam_updates=150, bc_updates=150, decoder_updates=400, lr=5e-3, decoder_lr=5e-3)
     run, data, args = new_run(
-        data=tiny_data, encoder="oracle_best", target=target, labelled_episodes=("2",), **network, **updates
+        data=tiny_data,
+        encoder="oracle_best",
+        target=target,
+        labelled_episodes=("2",),
+        **network,
+        **exact,
+        **updates,
     )
     data.train = data.train[[5, 40, 90, 150]]
     data.labelled = lambda budget: data.train
