@@ -126,7 +126,7 @@ def plot_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
     budgets = shared_budgets(table, {run["variant"] for run in lams})
     handles = {}
     size = (1 + 3.2 * len(budgets), 3.2)
-    figure, panels = plt.subplots(1, len(budgets), figsize=size, sharey=True, squeeze=False)
+    figure, panels = plt.subplots(1, len(budgets), figsize=size, sharex=True, sharey=True, squeeze=False)
     for axes, budget in zip(panels[0], budgets):
         for run in [run for run in lams if budget in run["labelled_episodes"]]:
             own = (run["variant"], run["seed"], budget)
@@ -143,6 +143,8 @@ def plot_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Pat
         axes.set(title=f"{budget} labelled episodes", ylim=(-0.03, 1.03), ylabel="success")
         axes.set_xlabel("leak $R^2$ (background explained)")
         axes.label_outer()
+    leaks = [run["leak_probe_r2"] for run in lams]
+    panels[0, 0].set_xlim(min(-0.05, *leaks), max(0.2, *leaks))  # leaks of nearly 0 lie together
     names = sorted(handles)
     columns = -(-len(names) // 14)
     points = [handles[name] for name in names]
