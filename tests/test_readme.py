@@ -41,7 +41,7 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 SCALES = {  # and how many runs each has at least
     "near": 108,
     "main": 216,
-    "univla": 29,
+    "univla": 32,
     "latbot": 79,
     "motion": 32,
     "ablations": 120,
