@@ -4,12 +4,12 @@ import hashlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import Script
 
 for variable in ("OMP_NUM_THREADS", "LP_NUM_THREADS"):  # several threads make small work slower
     os.environ.setdefault(variable, "1")
@@ -21,27 +21,24 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = "--episodes-per-task 5 --shard-episodes 2 --size 32 --seed 0 --camera corner --max-steps 200".split()
 
 
-def start_script(script: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.Popen:
-    """Starts `python <script> <arguments>` in the folder `cwd`."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start_script(script: str | Path, *arguments: object, cwd: Path) -> Script:
+    """Starts `python <script> <arguments>` in the folder `cwd`; a relative script is one of ours."""
+    return Script([str(ROOT / script), *map(str, arguments)], cwd)
 
 
-def run_script(script: str, *arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
+def run_script(script: str | Path, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """Runs it to its end. The result has returncode, stdout and stderr; nothing is asserted."""
-    process = start_script(script, *arguments, cwd=cwd, **environ)
+    process = start_script(script, *arguments, cwd=cwd)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def kill_when(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
+def kill_when(process: Script, ready: Callable[[], bool]) -> None:
     """kill -9 as soon as `ready()`; the process must not have ended by itself before."""
     while not ready():
         assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[1]}"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 

@@ -4,6 +4,7 @@ import ast
 import fcntl
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -433,7 +434,9 @@ def test_bad_flags_are_refused(flags, hint, tmp_path):
 
 
 def test_no_opengl_says_what_to_install(tmp_path):
-    result = run_script("collect.py", *TINY, cwd=tmp_path, MUJOCO_GL="disable")
+    command = [sys.executable, str(ROOT / "collect.py"), *TINY]
+    environ = os.environ | {"MUJOCO_GL": "disable"}
+    result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert "apt-get install" in refusal(result)
 
 

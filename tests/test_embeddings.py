@@ -380,7 +380,7 @@ def test_disturbances_add_up_and_go_with_any_encoder(shards):
 # ------------------------------------------------------------------------------------ command line
 
 
-def test_the_command_embeds_and_refuses(tiny_data, tmp_path):
+def test_the_command_embeds_and_refuses(tiny_data, tmp_path, monkeypatch):
     shutil.copytree(tiny_data, tmp_path / "data/tiny")
     cache, commit = (
         tmp_path / "hub/models--someone--idefics3",
@@ -402,7 +402,8 @@ def test_the_command_embeds_and_refuses(tiny_data, tmp_path):
         112,
     ]
     flags += ["--no-split-tiles", "--pools", "text", "last"]
-    made = run_script("collect.py", *flags, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    made = run_script("collect.py", *flags, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "image/s" in made.stderr and "idefics3-s112-whole_best_L-3_last_r01234567" in made.stdout
     for shard in (tmp_path / "data/tiny/drawer-open").glob("shard_*"):

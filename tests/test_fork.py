@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_script
 
 FORKS = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/fork.md").read_text(), re.S)
 TRAIN = "--stages lam --lam-updates 30 --batch-size 8 --labelled-episodes 1 --device cpu --out run".split()
@@ -34,10 +33,8 @@ def forked(tmp_path, tiny_data):
     return apply
 
 
-def run(folder: Path, *command: str) -> None:
-    result = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+def run(folder: Path, script: str, *arguments: str) -> None:
+    result = run_script(folder / script, *arguments, cwd=folder)
     assert result.returncode == 0, result.stderr
 
 
