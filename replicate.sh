@@ -189,13 +189,13 @@ encoders) # targets by the probes of stage 1, and what they must deliver
     for key in random_noprompt random-blank_best; do train lapo-${key}_s$seed $on --encoder ${key}_L-7_mean; done
   done ;;
 screen) # which tasks bc-all solves at the scale of near
-  collect --tasks $six reach push pick-place --encoder none --out data/screen # peg-insert-side takes > 150 steps
+  collect --tasks $six reach push pick-place --encoder none --out data/screen # peg-insert-side: up to 250 steps
   for task in ${TASKS:-$six reach push pick-place}; do
     train bc-all_$task --data data/screen --tasks $task --method bc --labelled-episodes all
   done ;;
 mt10) # a first guess, from three tasks with one seed
   tasks="$six reach push pick-place peg-insert-side"
-  collect --tasks $tasks $far --episodes-per-task 400 --max-steps 500 --encoder none --out data/mt10
+  collect --tasks $tasks $far --episodes-per-task 400 --max-steps 250 --encoder none --out data/mt10
   for seed in $seeds; do for task in ${TASKS:-$tasks}; do
     on="--data data/mt10 --tasks $task --seed $seed"
     train bc-all_${task}_s$seed $on --method bc --labelled-episodes all --bc-updates 5000
