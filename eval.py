@@ -220,7 +220,7 @@ def plan_blocks(run: dict, rows: dict[tuple, dict], args: Args) -> list[Block]:
                 episodes = sorted((missing | filmed) & here)
                 if episodes:
                     policy_hash = run["policy_hash"][labelled]
-                    what = (run["dir"], task, labelled, policy_hash, run["meta"]["env"], args)
+                    what = (run["dir"], task, labelled, policy_hash, run["env"], args)
                     blocks.append(Block(*what, episodes, sorted(filmed & here)))
     return blocks
 
@@ -384,8 +384,8 @@ def main(args: Args) -> None:
     if args.labelled:
         choose_budgets(runs, args.labelled)
     policies = [run for run in runs if run["policy"] and run["labelled_episodes"]]
-    simulated = [run for run in policies if run["meta"]["env"] is not None]
-    videos = [run for run in policies if run["meta"]["env"] is None]
+    simulated = [run for run in policies if run["env"] is not None]
+    videos = [run for run in policies if run["env"] is None]
     with ExitStack() as locks:
         for folder in (out, *(run["dir"] for run in runs)):
             locks.callback(os.close, lock_folder(folder))

@@ -183,6 +183,7 @@ class Dataset:
         """What summary.json says of the data."""
         return {
             "data": str(self.root),
+            "env": self.meta["env"],
             "tasks": self.tasks,
             "embedding": self.embedding,
             "size": self.size,

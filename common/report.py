@@ -123,8 +123,8 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
     if pooled:
         how = "whole runs are resampled, the same ones for all tasks"
         notes.append(f"One model for several tasks ({', '.join(pooled)}): {how}.")
-    rolled_out = [run for run in runs if run["policy"] and run["meta"]["env"] is not None]
-    without = sorted({run["variant"] for run in rolled_out if run["meta"]["env"]["videos"] == "none"})
+    rolled_out = [run for run in runs if run["policy"] and run["env"] is not None]
+    without = sorted({run["variant"] for run in rolled_out if run["env"]["videos"] == "none"})
     if without and len(without) < len({run["variant"] for run in rolled_out}):
         notes.append(f"Trained and rolled out without distractors: {', '.join(without)}.")
     probed = defaultdict(set)

@@ -28,7 +28,7 @@ BY_RUN += ("device", "dtype", "export")
 
 
 def find_runs(names: Sequence[str]) -> list[dict]:
-    """args.json and summary.json of each run, with `dir`, `policy` (False: only probes), data's `meta`."""
+    """args.json and summary.json of each run, with `dir` and `policy` (False: only probes)."""
     finished = sorted(path.parent for path in Path("runs").glob("*/summary.json"))
     if not names and not finished:
         fail("no finished run in runs/; make one with: python lam_vlm.py")
@@ -63,13 +63,13 @@ def read_run(folder: Path) -> dict:
     run["trained"] = {name: value for name, value in args.items() if name not in BY_RUN}
     run["policy"] = bool(run["policy_hash"])  # one of each label budget
     run["labelled_episodes"] = sorted(map(str, run["labelled_episodes"]), key=budget_order)
-    if run["policy"]:
+    if "env" not in run and run["policy"]:  # of an older version
         data = Path(run["data"])
         if not (data / "meta.json").exists():
             commands = {"quick": "collect.py", "paper": "collect.py paper"}
             command = commands.get(data.name, f"collect.py --out {data}")
             fail(f"no {data}/meta.json, the data set of {folder}; make it with: python {command}")
-        run["meta"] = read_meta(data)
+        run["env"] = read_meta(data)["env"]
     return run
 
 

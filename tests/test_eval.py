@@ -348,6 +348,30 @@ def test_missing_data_names_its_command(lab, name, command):
     assert refusal().endswith(f"make it with: {command}")
 
 
+def test_what_is_rolled_out_needs_no_data_set(lab):
+    """The report of runs whose files were kept can be made anywhere."""
+    make_run("lapo", env=json.loads(Path("data/tiny/meta.json").read_text())["env"])
+    evaluate()
+    expected = files("results/tiny/scores.csv", "runs/*/rollouts.csv")
+    shutil.rmtree("data")
+    evaluate()
+    assert files("results/tiny/scores.csv", "runs/*/rollouts.csv") == expected
+
+
+@pytest.mark.parametrize(
+    "scale, episodes", [("main", 50), ("univla", 20), ("latbot", 20), ("views", 50), ("encoders", 50)]
+)
+def test_committed_scores_are_those_of_the_committed_rollouts(scale, episodes, tmp_path, monkeypatch):
+    """And the report can be made without any data set."""
+    monkeypatch.setattr(ev, "plot_results", lambda *_: None)
+    runs = tuple(map(str, sorted((ROOT / f"results/{scale}/runs").iterdir())))
+    ev.main(Args(runs=runs, episodes=episodes, media=0, out=str(tmp_path)))
+    command = f"eval.py --media 0 --episodes {episodes} --out results/{scale} --runs results/{scale}/runs/*"
+    for table in ("scores.csv", "probes.csv"):
+        committed = ROOT / f"results/{scale}" / table
+        assert (tmp_path / table).read_text() == committed.read_text(), f"python {command}"
+
+
 # ---------------------------------------------------------------------------------------- videos
 
 VIDEO = ["frames", "actions", "episode", "step"]
@@ -554,7 +578,7 @@ def test_only_seeds_common_to_all_tasks_count(lab):
 
 def test_what_cannot_be_compared_is_said():
     def run(variant: str, videos: str, seed: int, policy: bool) -> dict:
-        data = {"meta": {"env": {"videos": videos}}} if policy else {}
+        data = {"env": {"videos": videos}} if policy else {}
         return {"variant": variant, "seed": seed, "tasks": ["reach"], "policy": policy} | data
 
     rolled_out = [run("lapo", "generated", 0, True), run("lapo-clean-data", "none", 0, True)]
