@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from common.shards import atomic_write
 
 
 def code_version() -> str:
-    """The commit of this code, `-dirty` where files differ from it; `none` outside a git checkout."""
-    describe = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "none"
+    """The commit of this code, `-dirty` where a .py file differs from it; `none` outside a git checkout."""
+    git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    commit = git(["git", "describe", "--always"]).stdout.strip()
+    if commit and git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode:
+        commit += "-dirty"
+    return commit or "none"
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -709,6 +709,24 @@ def finished(new_run, made_up, tmp_path) -> Path:
     return run.folder
 
 
+def test_the_codes_version_is_dirty_where_code_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "common/records.py"))
+    (tmp_path / "common").mkdir()
+    assert records.code_version() == "none"
+    files = [tmp_path / "common/records.py", tmp_path / "report.md"]
+    for file in files:
+        file.write_text("committed")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "code"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    commit = records.code_version()
+    assert len(commit) >= 7 and "-" not in commit
+    files[1].write_text("another table")
+    assert records.code_version() == commit
+    files[0].write_text("another line")
+    assert records.code_version() == f"{commit}-dirty"
+
+
 def refused(finished: Path, made_up: Path, **changes: object) -> str:
     before = snapshot(finished)
     message = refusal(
