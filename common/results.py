@@ -28,7 +28,7 @@ BY_RUN += ("device", "dtype", "export")
 
 
 def find_runs(names: Sequence[str]) -> list[dict]:
-    """args.json and summary.json of each run, with `dir` and `policy` (False: only probes)."""
+    """args.json and summary.json of each run, with `dir`, `policy` (False: only probes), a policy's `env`."""
     finished = sorted(path.parent for path in Path("runs").glob("*/summary.json"))
     if not names and not finished:
         fail("no finished run in runs/; make one with: python lam_vlm.py")

@@ -435,7 +435,7 @@ def test_bad_flags_are_refused(flags, hint, tmp_path):
 
 def test_no_opengl_says_what_to_install(tmp_path):
     command = [sys.executable, str(ROOT / "collect.py"), *TINY]
-    environ = os.environ | {"MUJOCO_GL": "disable"}
+    environ = os.environ | {"MUJOCO_GL": "disable"}  # run_script has loaded mujoco, which reads it
     result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert "apt-get install" in refusal(result)
 
