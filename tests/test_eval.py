@@ -359,14 +359,23 @@ def test_what_is_rolled_out_needs_no_data_set(lab):
 
 
 @pytest.mark.parametrize(
-    "scale, episodes", [("main", 50), ("univla", 20), ("latbot", 20), ("views", 50), ("encoders", 50)]
+    "scale, flags",
+    {
+        "main": "",
+        "hard": "--seed 1",
+        "mt10": "",
+        "univla": "--episodes 20",
+        "latbot": "--episodes 20",
+        "views": "",
+        "encoders": "",
+    }.items(),
 )
-def test_committed_scores_are_those_of_the_committed_rollouts(scale, episodes, tmp_path, monkeypatch):
+def test_committed_scores_are_those_of_the_committed_rollouts(scale, flags, tmp_path, monkeypatch):
     """And the report can be made without any data set."""
     monkeypatch.setattr(ev, "plot_results", lambda *_: None)
-    runs = tuple(map(str, sorted((ROOT / f"results/{scale}/runs").iterdir())))
-    ev.main(Args(runs=runs, episodes=episodes, media=0, out=str(tmp_path)))
-    command = f"eval.py --media 0 --episodes {episodes} --out results/{scale} --runs results/{scale}/runs/*"
+    runs = map(str, sorted((ROOT / f"results/{scale}/runs").iterdir()))
+    ev.main(ev.parse_args(["--media", "0", *flags.split(), "--out", str(tmp_path), "--runs", *runs]))
+    command = f"eval.py --media 0 {flags} --out results/{scale} --runs results/{scale}/runs/*"
     for table in ("scores.csv", "probes.csv"):
         committed = ROOT / f"results/{scale}" / table
         assert (tmp_path / table).read_text() == committed.read_text(), f"python {command}"

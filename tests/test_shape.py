@@ -19,7 +19,7 @@ LINES = {  # at most
     "latbot.py": 690,
     "eval.py": 430,
     "linear_lam.py": 650,
-    "replicate.sh": 208,
+    "replicate.sh": 224,
     "README.md": 200,
 }
 MODULE_LINES = 620  # of a file in common/
