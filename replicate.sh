@@ -208,9 +208,9 @@ hard | mt10) # bc-all on all of MT10; hard: what the four tasks that main leaves
     collect --tasks $six $far --prompt best blind --out data/main
     for seed in $seeds; do for task in ${TASKS:-$six $hard}; do
       case $task in
-      reach | push) on="$few $task" ;;
-      peg-insert-side) on="$few $task --frame-stack 2" ;;
-      pick-place) on="$many --frame-stack 2" ;;
+      reach | push) on="$few $task --variant bc-all-320" ;;
+      peg-insert-side) on="$few $task --frame-stack 2 --variant bc-all-320-stack2" ;;
+      pick-place) on="$many --variant bc-all-1280" ;;
       *) on="--data data/main --tasks $task $bc" ;;
       esac
       train bc-all_${task}_s$seed $on --seed $seed
