@@ -12,10 +12,8 @@ scale=${1:-none} list=${2:-} preset="" seeds=${SEEDS:-0 1 2}
 
 . common/grid.sh
 
-far_data() { # the data of main, also of univla and latbot
-  collect --tasks $six $far --prompt best blind --out data/main
-  collect --tasks $six $far --videos none --encoder none --out data/main-clean
-}
+main_data() { collect --tasks $six $far --prompt best blind --out data/main; } # also of univla, latbot and mt10
+clean_data() { collect --tasks $six $far --videos none --encoder none --out data/main-clean; }
 
 far="--camera-distance 0.6 --size 96"
 tasks="door-open drawer-open drawer-close" six="$tasks button-press-topdown window-open window-close"
@@ -53,7 +51,7 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
 univla) # one model of the six tasks of main, of each method; 20 test episodes a task
-  far_data && evaluate+=" --episodes 20" updates="--lam-updates 2000 --bc-updates 6000 --batch-size 64"
+  main_data && clean_data && evaluate+=" --episodes 20" updates="--lam-updates 2000 --bc-updates 6000 --batch-size 64"
   for seed in $seeds; do
     on="--data data/main --seed $seed $updates --labelled-episodes"
     script=univla.py
@@ -74,7 +72,7 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
   train univla-code-clean-data_s0 $on --clone-as code
   train univla-untrained-clean-data_s0 $on --lam-updates 1 --variant univla-untrained-clean-data ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run
-  far_data && evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
+  main_data && clean_data && evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
   all="--data data/main --seed 0 $stem --labelled-episodes all"
   train no-latents-all $all --latents none --variant no-latents-all # can this policy do the tasks at all?
   train latbot-all $all --variant latbot-all
@@ -205,7 +203,7 @@ hard | mt10) # bc-all on all of MT10; hard: what the four tasks that main leaves
       train 1280-stack2_$task $many --frame-stack 2 --variant 1280-stack2
     done
   else
-    collect --tasks $six $far --prompt best blind --out data/main
+    main_data
     for seed in $seeds; do for task in ${TASKS:-$six $hard}; do
       case $task in
       reach | push) on="$few $task --variant bc-all-320" ;;

@@ -19,7 +19,7 @@ LINES = {  # at most
     "latbot.py": 690,
     "eval.py": 430,
     "linear_lam.py": 650,
-    "replicate.sh": 224,
+    "replicate.sh": 222,
     "README.md": 200,
 }
 MODULE_LINES = 620  # of a file in common/
