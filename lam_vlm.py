@@ -397,7 +397,10 @@ def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Ten
         schedule.step()
         step.log(loss=loss)
 
-    run.finish("bc")
+    measured = {}
+    if args.method == "bc" and not run.finished("bc"):
+        measured["action_nmse"] = data.action_nmse(lambda rows: policy(data.observe(rows)))
+    run.finish("bc", **measured)
     return policy
 
 
@@ -418,7 +421,8 @@ def train_decoder(run: Run, data: Dataset, args: Args, policy: Policy, budget: s
     decoder = Decoder(latents.shape[1], actions.shape[1]).to(run.device)
     optimizer, schedule = one_cycle(decoder, args.decoder_lr, args.weight_decay, args.decoder_updates)
 
-    for step in run.steps(f"decoder_{budget}", decoder, optimizer, schedule, args.decoder_updates):
+    stage = f"decoder_{budget}"
+    for step in run.steps(stage, decoder, optimizer, schedule, args.decoder_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
         noise = step.rng.standard_normal((args.batch_size, latents.shape[1]), np.float32)[run.share]
         pick = run.tensor(pick)
@@ -431,7 +435,10 @@ def train_decoder(run: Run, data: Dataset, args: Args, policy: Policy, budget: s
         schedule.step()
         step.log(loss=loss)
 
-    run.finish(f"decoder_{budget}")
+    measured = {}
+    if not run.finished(stage):
+        measured["action_nmse"] = data.action_nmse(lambda rows: decoder(policy(data.observe(rows))))
+    run.finish(stage, **measured)
 
 
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Actor:

@@ -438,7 +438,8 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
 
-    for step in run.steps(f"expert_{budget}", expert, optimizer, schedule, args.expert_updates):
+    stage = f"expert_{budget}"
+    for step in run.steps(stage, expert, optimizer, schedule, args.expert_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
         motion, gripper = windows.chunk(rows[pick])
         noise = step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32)[run.share]
@@ -458,8 +459,18 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
         schedule.step()
         step.log(loss=loss, flow_loss=flow_loss, gripper_loss=gripper_loss)
 
-    run.finish(f"expert_{budget}")
+    measured = {}
+    if not run.finished(stage):
+        actor = ChunkActor(expert, data.tasks, run.device)
+        measured["action_nmse"] = data.action_nmse(partial(first_actions, actor, data))
+    run.finish(stage, **measured)
     return expert
+
+
+def first_actions(actor: ChunkActor, data: Dataset, rows: np.ndarray) -> Tensor:
+    """The first action (N, A) of the chunk that is planned at each of the rows, all of one task."""
+    frames, task = data.columns["frames"][rows], data.tasks[data.task[rows[0]]]
+    return torch.from_numpy(actor.plan(frames[:, None], task, [[int(row)] for row in rows])[:, 0])
 
 
 # ---------------------------------------------------------------------------------------- probes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common import fail
-from common.probes import Probes, background_change, labelled_probe, mean_over_tasks
+from common.probes import VARIES, Probes, background_change, labelled_probe, mean_over_tasks, nmse
 from common.shards import RANK, SEGMENTS, atomic_write, held_out_episodes, read_json, read_meta
 
 SAMPLE = 10_000  # transitions that probes and statistics are fitted on, at most
@@ -293,6 +293,16 @@ class Dataset:
                 measured.append({budget: labelled_probe(z, self.mean_action(rows), self.first[rows])})
             found |= mean_over_tasks(measured)
         return found
+
+    @torch.no_grad()
+    def action_nmse(self, act: Callable[[np.ndarray], Tensor]) -> float | None:
+        """NMSE of a policy's actions on the held-out episodes, mean over tasks. act: rows (N,) -> (N, A)."""
+        measured = []
+        for rows in self.by_task(self.held_out):
+            truth = self.columns["actions"][rows].astype(np.float64)
+            guess = torch.cat([act(part) for part in chunks(rows)]).clamp(-1, 1).double().cpu().numpy()
+            measured.append({"action_nmse": nmse(guess - truth, truth, truth.var(0) > VARIES)})
+        return mean_over_tasks(measured)["action_nmse"]
 
     def mean_action(self, rows: np.ndarray) -> np.ndarray:
         """The label of the action probe: mean action between the two frames, float64 (N, A)."""

@@ -36,33 +36,37 @@ def r2_score(y: np.ndarray, prediction: np.ndarray) -> float:
     return float(1 - ((y - prediction) ** 2).sum() / total)
 
 
+def nmse(error: np.ndarray, truth: np.ndarray, varies: np.ndarray) -> float | None:
+    """Squared error (N, A) over the variance, mean over the dimensions that vary (A,); None if none does."""
+    if not varies.any():
+        return None
+    return float(((error[:, varies] ** 2).mean(0) / truth[:, varies].var(0)).mean())
+
+
 def action_probe(z_train: np.ndarray, a_train: np.ndarray, z_test: np.ndarray, a_test: np.ndarray) -> dict:
     """z -> a_t: MSE, NMSE (MSE / variance, mean over dimensions that vary; 1: z says nothing), R^2 of each.
 
     a: (N, A). NMSE is None where no dimension varies, R^2 where its dimension does not.
     """
-    error = ((Ridge(z_train, a_train)(z_test) - a_test) ** 2).mean(0)
-    variance = a_test.var(0)
+    error = Ridge(z_train, a_train)(z_test) - a_test
+    mse, variance = (error**2).mean(0), a_test.var(0)
     varies = (variance > VARIES) & (a_train.var(0) > VARIES)
-    nmse = None
-    if varies.any():
-        nmse = float((error[varies] / variance[varies]).mean())
-    r2 = [None] * len(error)
+    r2 = [None] * len(mse)
     for dimension in np.flatnonzero(varies):
-        r2[dimension] = float(1 - error[dimension] / variance[dimension])
-    return {"action_probe_mse": float(error.mean()), "action_probe_nmse": nmse, "action_probe_r2": r2}
+        r2[dimension] = float(1 - mse[dimension] / variance[dimension])
+    measured = {"action_probe_mse": float(mse.mean()), "action_probe_nmse": nmse(error, a_test, varies)}
+    return measured | {"action_probe_r2": r2}
 
 
 def labelled_probe(z: np.ndarray, a: np.ndarray, episode: np.ndarray) -> float | None:
     """NMSE of the action probe where few episodes have actions: each left out once, of (N,). None for one."""
     error, episodes = np.zeros_like(a), np.unique(episode)
-    varies = a.var(0) > VARIES
-    if len(episodes) < 2 or not varies.any():
+    if len(episodes) < 2:
         return None
     for number in episodes:
         out = episode == number
         error[out] = Ridge(z[~out], a[~out])(z[out]) - a[out]
-    return float(((error[:, varies] ** 2).mean(0) / a[:, varies].var(0)).mean())
+    return nmse(error, a, a.var(0) > VARIES)
 
 
 class Probes:

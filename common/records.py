@@ -132,21 +132,21 @@ def finished_stages(folder: Path, names: tuple[str, ...], identity: dict) -> dic
     return stages
 
 
-def policy_hashes(stages: dict[str, dict], bc_budget: str | None) -> dict[str, str]:
-    """{label budget: hash of its policy}: the stage bc and the budget's decoder, or its expert alone.
+def policy_stages(stages: dict[str, dict], bc_budget: str | None) -> dict[str, list[str]]:
+    """{label budget: stages of its policy}: bc and the budget's decoder, or its expert alone.
 
     Where true actions were cloned, of the label budget `bc_budget`, it is the stage bc alone.
     """
     policies = {}
     if bc_budget is not None:
-        policies[bc_budget] = stages["bc"]["sha256"]
+        policies[bc_budget] = ["bc"]
     for stage in stages:
         kind, _, budget = stage.partition("_")
         if kind == "decoder":
-            policies[budget] = stages["bc"]["sha256"] + stages[stage]["sha256"]
+            policies[budget] = ["bc", stage]
         if kind == "expert":
-            policies[budget] = stages[stage]["sha256"]
-    return {budget: hashlib.sha256(both.encode()).hexdigest()[:16] for budget, both in policies.items()}
+            policies[budget] = [stage]
+    return policies
 
 
 def default_folder(variant: str, tasks: tuple[str, ...], seed: int, data: str) -> str:

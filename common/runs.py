@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import differences, fail
 from common.dataset import random_shift
 from common.device import Means
-from common.records import Log, code_version, finished_stages, load_checkpoint, policy_hashes, save_checkpoint
+from common.records import Log, code_version, finished_stages, load_checkpoint, policy_stages, save_checkpoint
 from common.shards import RANK, WORLD, lock_folder, read_json, write_json
 
 LOG_EVERY = 50  # updates between two rows of metrics.jsonl
@@ -234,12 +234,17 @@ class Run:
         from common.figures import plot_curves  # takes a second
 
         stages = finished_stages(self.folder, self.stages, self.identity)
-        hashes = policy_hashes(stages, bc_budget)
+        hashes, errors = {}, {}
+        for budget, names in policy_stages(stages, bc_budget).items():
+            weights = "".join(stages[name]["sha256"] for name in names)
+            hashes[budget] = hashlib.sha256(weights.encode()).hexdigest()[:16]
+            errors[budget] = self.results(names[-1]).get("action_nmse")
         summary = fields | {
             "seed": self.seed,
             "stages": list(dict.fromkeys(stage.split("_")[0] for stage in stages)),
             "labelled_episodes": list(hashes),
             "policy_hash": hashes,
+            "action_nmse": errors,
             "per_stage": stages,
             "identity": self.identity["run"],
             "data_hash": self.identity["data"],

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.dataset import Dataset
+
 TASKS = ("reach", "push")
 SIZE, EPISODES, LENGTH, GAP = 16, 5, 9, 2  # the last episode is held out; episode e has LENGTH + e frames
 ARRAYS = ["frames", "clean", "segments", "actions", "states", "episode", "step"]
@@ -114,3 +116,13 @@ def make_data(
         meta["action"] = None
     (root / "meta.json").write_text(json.dumps(meta))
     return root
+
+
+def action_nmse(data: Dataset, act: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Of the actions act(rows) on the held-out episodes, all dimensions of which vary."""
+    errors = []
+    for task in range(len(TASKS)):
+        rows = data.held_out[data.task[data.held_out] == task]
+        truth = data.columns["actions"][rows]
+        errors.append(((act(rows) - truth) ** 2).mean(0) / truth.var(0))
+    return np.mean(errors)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, kill_when, refusal, run_script, start_script
-from made_up import EPISODES, GAP, LENGTH, SIZE, flags, make_data
+from made_up import EPISODES, GAP, LENGTH, SIZE, action_nmse, flags, make_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -520,8 +520,12 @@ def test_load_policy(new_run, method, labelled):
     run, data, args = new_run(method=method, labelled_episodes=labelled, **fast)
     modules = train_all(run, data, args)
     policy = load_policy(run.folder, labelled[-1])
+
+    def see(rows: np.ndarray) -> np.ndarray:  # (B, K, H, W, 3)
+        return data.observe(rows).view(-1, 2, 3, SIZE, SIZE).permute(0, 1, 3, 4, 2).numpy()
+
     rows = data.train[:6]
-    stacks = data.observe(rows).view(6, 2, 3, SIZE, SIZE).permute(0, 1, 3, 4, 2).numpy()  # (B, K, H, W, 3)
+    stacks = see(rows)
     actions = policy(stacks)
     assert policy.frame_stack == 2 and actions.shape == (6, 4) and actions.dtype == np.float32
     assert np.abs(actions).max() <= 1 and actions.std(0).max() > 1e-3
@@ -541,6 +545,10 @@ def test_load_policy(new_run, method, labelled):
     if method == "lapo":
         assert not np.allclose(load_policy(run.folder, "1")(stacks), actions, atol=1e-4)
         assert np.array_equal(load_policy(run.folder)(stacks), load_policy(run.folder, "1")(stacks))
+    measured = json.loads((run.folder / "summary.json").read_text())["action_nmse"]
+    assert tuple(measured) == labelled
+    expected = action_nmse(data, lambda rows: policy(see(rows)))
+    assert measured[labelled[-1]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_actions_are_clamped(new_run):
