@@ -51,7 +51,7 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
     for budget in $budgets all; do train bc-${budget}_$run --data $data $on $budget --method bc; done
   done; done ;;
 univla) # one model of the six tasks of main, of each method; 20 test episodes a task
-  main_data && clean_data && evaluate+=" --episodes 20" updates="--lam-updates 2000 --bc-updates 6000 --batch-size 64"
+  main_data; clean_data; evaluate+=" --episodes 20" updates="--lam-updates 2000 --bc-updates 6000 --batch-size 64"
   for seed in $seeds; do
     on="--data data/main --seed $seed $updates --labelled-episodes"
     script=univla.py
@@ -72,7 +72,7 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
   train univla-code-clean-data_s0 $on --clone-as code
   train univla-untrained-clean-data_s0 $on --lam-updates 1 --variant univla-untrained-clean-data ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run
-  main_data && clean_data && evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
+  main_data; clean_data; evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
   all="--data data/main --seed 0 $stem --labelled-episodes all"
   train no-latents-all $all --latents none --variant no-latents-all # can this policy do the tasks at all?
   train latbot-all $all --variant latbot-all

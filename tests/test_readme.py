@@ -304,6 +304,16 @@ def test_replicate_goes_on_after_a_failure_and_on_another_machine(tmp_path):
     assert result.returncode == 1 and not lines and "unknown scale 'large'" in result.stderr
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_replicate_trains_nothing_without_its_data(scale, tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/log\nexit 3\n')
+    (tmp_path / "python").chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run(["bash", ROOT / "replicate.sh", scale], env=environ, capture_output=True)
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert result.returncode == 3 and line.startswith("collect.py")
+
+
 @pytest.mark.parametrize("flags", ["", "--big 0.1", "--cost"])
 def test_benchmark_runs(flags, tmp_path):
     command = [sys.executable, str(ROOT / "tests/benchmark.py"), "--json", "--smoke", *flags.split()]
