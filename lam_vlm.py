@@ -399,7 +399,7 @@ def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Ten
 
     measured = {}
     if args.method == "bc" and not run.finished("bc"):
-        measured["action_nmse"] = data.action_nmse(lambda rows: policy(data.observe(rows)))
+        measured["policy_nmse"] = data.policy_nmse(lambda rows: policy(data.observe(rows)))
     run.finish("bc", **measured)
     return policy
 
@@ -437,7 +437,7 @@ def train_decoder(run: Run, data: Dataset, args: Args, policy: Policy, budget: s
 
     measured = {}
     if not run.finished(stage):
-        measured["action_nmse"] = data.action_nmse(lambda rows: decoder(policy(data.observe(rows))))
+        measured["policy_nmse"] = data.policy_nmse(lambda rows: decoder(policy(data.observe(rows))))
     run.finish(stage, **measured)
 
 

@@ -462,7 +462,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     measured = {}
     if not run.finished(stage):
         actor = ChunkActor(expert, data.tasks, run.device)
-        measured["action_nmse"] = data.action_nmse(partial(first_actions, actor, data))
+        measured["policy_nmse"] = data.policy_nmse(partial(first_actions, actor, data))
     run.finish(stage, **measured)
     return expert
 

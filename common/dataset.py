@@ -295,14 +295,14 @@ class Dataset:
         return found
 
     @torch.no_grad()
-    def action_nmse(self, act: Callable[[np.ndarray], Tensor]) -> float | None:
+    def policy_nmse(self, act: Callable[[np.ndarray], Tensor]) -> float | None:
         """NMSE of a policy's actions on the held-out episodes, mean over tasks. act: rows (N,) -> (N, A)."""
         measured = []
         for rows in self.by_task(self.held_out):
             truth = self.columns["actions"][rows].astype(np.float64)
             guess = torch.cat([act(part) for part in chunks(rows)]).clamp(-1, 1).double().cpu().numpy()
-            measured.append({"action_nmse": nmse(guess - truth, truth, truth.var(0) > VARIES)})
-        return mean_over_tasks(measured)["action_nmse"]
+            measured.append({"policy_nmse": nmse(guess - truth, truth, truth.var(0) > VARIES)})
+        return mean_over_tasks(measured)["policy_nmse"]
 
     def mean_action(self, rows: np.ndarray) -> np.ndarray:
         """The label of the action probe: mean action between the two frames, float64 (N, A)."""

@@ -238,13 +238,13 @@ class Run:
         for budget, names in policy_stages(stages, bc_budget).items():
             weights = "".join(stages[name]["sha256"] for name in names)
             hashes[budget] = hashlib.sha256(weights.encode()).hexdigest()[:16]
-            errors[budget] = self.results(names[-1]).get("action_nmse")
+            errors[budget] = self.results(names[-1]).get("policy_nmse")
         summary = fields | {
             "seed": self.seed,
             "stages": list(dict.fromkeys(stage.split("_")[0] for stage in stages)),
             "labelled_episodes": list(hashes),
             "policy_hash": hashes,
-            "action_nmse": errors,
+            "policy_nmse": errors,
             "per_stage": stages,
             "identity": self.identity["run"],
             "data_hash": self.identity["data"],

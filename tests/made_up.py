@@ -118,7 +118,7 @@ def make_data(
     return root
 
 
-def action_nmse(data: Dataset, act: Callable[[np.ndarray], np.ndarray]) -> float:
+def policy_nmse(data: Dataset, act: Callable[[np.ndarray], np.ndarray]) -> float:
     """Of the actions act(rows) on the held-out episodes, all dimensions of which vary."""
     errors = []
     for task in range(len(TASKS)):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, kill_when, refusal, run_script, start_script
-from made_up import EPISODES, GAP, LENGTH, SIZE, action_nmse, flags, make_data
+from made_up import EPISODES, GAP, LENGTH, SIZE, flags, make_data, policy_nmse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -545,9 +545,9 @@ def test_load_policy(new_run, method, labelled):
     if method == "lapo":
         assert not np.allclose(load_policy(run.folder, "1")(stacks), actions, atol=1e-4)
         assert np.array_equal(load_policy(run.folder)(stacks), load_policy(run.folder, "1")(stacks))
-    measured = json.loads((run.folder / "summary.json").read_text())["action_nmse"]
+    measured = json.loads((run.folder / "summary.json").read_text())["policy_nmse"]
     assert tuple(measured) == labelled
-    expected = action_nmse(data, lambda rows: policy(see(rows)))
+    expected = policy_nmse(data, lambda rows: policy(see(rows)))
     assert measured[labelled[-1]] == pytest.approx(expected, rel=1e-4)
 
 

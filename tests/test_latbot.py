@@ -11,7 +11,7 @@ import tiny_models
 import torch
 import transformers
 from conftest import kill_when, refusal, run_script, start_script
-from made_up import SIZE, action_nmse, make_data
+from made_up import SIZE, make_data, policy_nmse
 
 import latbot
 from common import runs
@@ -347,7 +347,7 @@ def test_from_end_to_end(made_up, tmp_path, flags):
     assert np.allclose(policy.plan(frames[1:], "push", keys[1:])[0], chunk[1], atol=1e-5)
 
 
-def test_action_nmse_is_that_of_a_chunks_first_action(new_run):
+def test_policy_nmse_is_that_of_a_chunks_first_action(new_run):
     run, windows, args = new_run("--latents", "none", "--student-updates", 20, "--expert-updates", 20)
     latbot.train_expert(run, windows, args, latbot.train_student(run, windows, args, None))
     latbot.summarise(run, windows, args)
@@ -360,8 +360,8 @@ def test_action_nmse_is_that_of_a_chunks_first_action(new_run):
             chunks.append(policy.plan(frame[:, None], data.tasks[data.task[row]], [[int(row)]]))
         return np.concatenate(chunks)[:, 0]
 
-    measured = json.loads((run.folder / "summary.json").read_text())["action_nmse"]
-    assert measured == {"2": pytest.approx(action_nmse(data, act), rel=1e-4)}
+    measured = json.loads((run.folder / "summary.json").read_text())["policy_nmse"]
+    assert measured == {"2": pytest.approx(policy_nmse(data, act), rel=1e-4)}
 
 
 @pytest.mark.parametrize("target", ["pixels", "masked"])
