@@ -259,7 +259,7 @@ class LAM(nn.Module):
 
     def latents(self, now: Tensor, after: Tensor, change: Tensor, instruction: Tensor) -> dict[str, Tensor]:
         """{"ti", "tc": (B, codes, code_dim)} before quantisation, float32."""
-        queries = torch.cat(list(self.queries.values()))
+        queries = torch.cat([self.queries[name] for name in self.heads])  # a ParameterDict sorts its names
         states = self.encoder(now, after, change, queries, instruction).float().chunk(len(self.heads), 1)
         with torch.autocast(now.device.type, enabled=False):  # codes are not to depend on the arithmetic
             latents = {name: head(state) for (name, head), state in zip(self.heads.items(), states)}
@@ -428,6 +428,8 @@ def parse_args(arguments: list[str]) -> Args:
     at_least(2, args, "codebook")
     if not 0 < args.probe_fraction < 1:
         fail("--probe-fraction lies between 0 and 1")
+    if args.export and args.cloned == "tc" and args.stages == ("ti",):
+        fail("--export writes the task-centric latents, which --stages ti does not make; add --cloned ti")
     if args.width % args.heads:
         fail(f"--width {args.width} can not be divided among --heads {args.heads}")
     for name in ("batch_size", "lam_batch"):
