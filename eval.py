@@ -259,46 +259,48 @@ def error_rows(runs: list[dict], device: str) -> list[dict]:
     rows = []
     for run in runs:
         for labelled in run["labelled_episodes"]:
-            for task in run["tasks"]:
-                rows += action_errors(run, task, labelled, device)
+            policy = open_policy(run["dir"], labelled, run["policy_hash"][labelled], device)
+            split = {"probe_fraction": run["probe_fraction"]}
+            data = Dataset(run["data"], tuple(run["tasks"]), frame_stack=policy.frame_stack, **split)
+            if run.get("shards_hash", data.shards_hash) != data.shards_hash:
+                fail(f"{run['data']} was made anew since {run['dir']} was trained on it; train that again")
+            for task, held_out in zip(data.tasks, data.by_task(data.held_out)):
+                names = {"method": run["variant"], "task": task, "seed": run["seed"], "labelled": labelled}
+                rows += [names | row for row in action_errors(policy, data, task, held_out)]
     return rows
 
 
-def action_errors(run: dict, task: str, labelled: str, device: str) -> list[dict]:
+def action_errors(policy: Actor, data: Dataset, task: str, held_out: np.ndarray) -> list[dict]:
     """The policy against the true actions of the episodes that training held out: a row a dimension.
 
     nmse: squared error over the action's variance, None where it hardly varies; r2: 1 - nmse; rmse: in the
     action's own units (the data set has them scaled to [-1, 1]). Dimension "all": mean of those that vary.
     """
-    policy = open_policy(run["dir"], labelled, run["policy_hash"][labelled], device)
-    split = {"probe_fraction": run["probe_fraction"]}
-    data = Dataset(run["data"], (task,), frame_stack=policy.frame_stack, **split)
     predictions = []
-    for part in chunks(data.held_out):
+    for part in chunks(held_out):
         stack = data.stacked(part)
         frames = data.columns["frames"][stack.reshape(-1)]
         frames = frames.reshape(*stack.shape, *frames.shape[1:])
         predictions.append(policy.plan(frames, task, [[int(row)] for row in part])[:, 0])
-    actions = data.columns["actions"][data.held_out].astype(float)
+    actions = data.columns["actions"][held_out].astype(float)
     mse = ((np.concatenate(predictions) - actions) ** 2).mean(axis=0)
     variance = actions.var(axis=0)
 
     info = data.meta["action"]
-    half_range = (np.array(info["high"]) - np.array(info["low"])) / 2
+    span = np.subtract(info["high"], info["low"])
+    half_range = np.where(span > 0, span, 1) / 2  # as import_videos.py scales them
     rows = []
     for index, name in enumerate(info["names"]):
         row = {"dimension": name, "nmse": None, "r2": None}
         if variance[index] > VARIES:
             row["nmse"] = float(mse[index] / variance[index])
+            row["r2"] = 1 - row["nmse"]
         row["rmse"] = float(np.sqrt(mse[index]) * half_range[index])
         rows.append(row)
     measured = [row["nmse"] for row in rows if row["nmse"] is not None]
     if measured:
-        rows.append({"dimension": "all", "nmse": float(np.mean(measured))})
-    for row in rows:
-        if row["nmse"] is not None:
-            row["r2"] = 1 - row["nmse"]
-        row |= {"method": run["variant"], "task": task, "seed": run["seed"], "labelled": labelled}
+        nmse = float(np.mean(measured))
+        rows.append({"dimension": "all", "nmse": nmse, "r2": 1 - nmse})
     return rows
 
 

@@ -11,6 +11,7 @@ twin, segments, states. A command that was cut off goes on where it stopped, to 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -81,13 +82,15 @@ def read_clips(root: Path, args: Args) -> list[Episode]:
 
 def read_actions(clip: Path) -> tuple[np.ndarray | list | None, list[str]]:
     """Rows of the .npy or .csv beside a clip and names of their columns; None if there is no such file."""
-    array, text = clip.with_suffix(".npy"), clip.with_suffix(".csv")
-    if array.exists():
+    beside = [clip.with_suffix(suffix) for suffix in (".NPY", ".npy", ".CSV", ".csv")]
+    found = {path.suffix.lower(): path for path in beside if path.exists()}
+    array, text = found.get(".npy"), found.get(".csv")
+    if array:
         try:
             return np.load(array, allow_pickle=False), []
         except (EOFError, ValueError) as error:
             fail(f"{array} does not read ({error})")
-    if not text.exists():
+    if not text:
         return None, []
     rows = [line.split(",") for line in text.read_text("utf-8-sig").splitlines() if line]
     if rows and re.search("[a-df-z]", "".join(rows[0]), re.IGNORECASE):  # 1e-3 is a number
@@ -202,9 +205,14 @@ def describe(args: Args, tasks: dict[str, list[Episode]], texts: dict[str, str],
     if action is not None:
         arrays.append("actions")
     episodes = sum(tasks.values(), [])
+    rows = b""
+    for episode in episodes:
+        rows += episode.file.name.encode() + episode.steps.tobytes()
+        rows += b"" if episode.actions is None else episode.actions.tobytes()
     return {
         "source": args.path,
         "source_bytes": sum(file.stat().st_size for file in {episode.file for episode in episodes}),
+        "source_rows": hashlib.sha256(rows).hexdigest()[:16],  # names, frames that are kept, actions
         "camera": episodes[0].camera,
         "env": None,  # no simulator
         "size": args.size,
@@ -276,7 +284,9 @@ def main(args: Args) -> None:
     shards.write_json(out / "meta.json", meta)
     os.close(lock)
     speed = (frames - old) / (time.time() - start)
-    print(f"{out}: {len(episodes)} episodes of {', '.join(tasks)}; {frames} frames, {speed:.0f} frames/s")
+    labels = f"actions {', '.join(action['names'])}" if action else "no actions"
+    what = f"{len(episodes)} episodes of {', '.join(tasks)}; {labels}"
+    print(f"{out}: {what}; {frames} frames, {speed:.0f} frames/s")
 
 
 if __name__ == "__main__":

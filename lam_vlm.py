@@ -540,7 +540,7 @@ def summarise(run: Run, data: Dataset, args: Args, lam: LAM | None) -> None:
     """summary.json and curves.png of the stages that are done."""
     labelled = {}
     if lam is not None and data.action_dim is not None:
-        labelled = data.probe_labelled(partial(encode, lam, data), args.labelled_episodes)
+        labelled = data.probe_labelled(partial(encode, lam, data), run.budgets(*args.labelled_episodes))
     names = {"script": "lam_vlm", "variant": args.variant, "default_variant": default_variant(args, data)}
     bc_budget = args.labelled_episodes[0] if args.method == "bc" else None
     measured = run.results("lam") | {"labelled_probe_nmse": labelled}

@@ -4,7 +4,8 @@
 #   bash replicate.sh main --list     prints the commands instead, one a line: collect.py's first, eval.py last
 # A run is trained and rolled out; its small files are then kept in results/SCALE/runs/NAME. A run that has them
 # is skipped, on another machine too: delete them to run it again. What was cut off goes on. JOBS=4: runs at a time,
-# one thread each (default: as many as cores; with CUDA one). SEEDS=0 TASKS=door-open: train these alone.
+# one thread each (default: as many as cores; with CUDA one). SEEDS=0 TASKS=door-open: train these alone, where a
+# scale trains a model for each seed or task.
 # ENCODERS="llava-hf/llava-1.5-7b-hf" ENCODER_FLAGS="...": more encoders, for near, main, encoders and paper.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -468,7 +468,8 @@ def summarise(run: Run, data: Dataset, args: Args, lam: LAM) -> None:
     if data.action_dim is not None and args.cloned in lam.books:
         for kind in ("latent", "code"):  # which to clone
             read = partial(what_to_clone, lam, args=args, kind=kind)
-            probes[f"labelled_probe_nmse_{kind}"] = data.probe_labelled(read, args.labelled_episodes)
+            budgets = run.budgets(*args.labelled_episodes)
+            probes[f"labelled_probe_nmse_{kind}"] = data.probe_labelled(read, budgets)
     run.summarise(stage_1 | measured | probes | names | data.record())
     for name, value in (stage_1 | measured).items():
         if RANK == 0 and name.endswith("perplexity") and value < 1.5:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,7 @@ class Dataset:
             name: Column([folder / f"{name}.npy" for folder in folders]) for name in sorted(names)
         }
         hashes = {shard["shard"]: shard["sha256"] for shard in self.shards}
+        self.shards_hash = hash_of(hashes)  # whatever the target is
         self.embedding = None  # what the cache says of the target embedding
         if self.target_kind == "embedding":
             key, records = find_embeddings(self.root, self.shards, encoder)
@@ -120,7 +121,7 @@ class Dataset:
         self.action_dim = None
         if "actions" in self.columns:
             (self.action_dim,) = self.columns["actions"].shape
-        self.hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+        self.hash = hash_of(hashes)
 
         for name, column in self.columns.items():
             if len(column) != len(self.columns["frames"]):
@@ -162,10 +163,12 @@ class Dataset:
             self.label_order.append(np.random.default_rng([seed, 7]).permutation(self.n_train[-1]))
         trains = self.episode < np.array(self.n_train)[self.task]
         held_out = self.episode >= np.array(first_held_out)[self.task]
-        moves = np.arange(len(self.episode)) + self.frame_gap <= self.last
+        rows = np.arange(len(self.episode))
+        moves = rows + self.frame_gap <= self.last
         self.transitions = np.flatnonzero(moves)
         self.train = np.flatnonzero(moves & trains)
         self.held_out = np.flatnonzero(moves & held_out)
+        self.held_out_actions = np.flatnonzero((rows < self.last) & held_out)
         for index, task in enumerate(self.tasks):
             for rows in (self.train, self.held_out):
                 if not (self.task[rows] == index).any():
@@ -185,6 +188,7 @@ class Dataset:
             "data": str(self.root),
             "env": self.meta["env"],
             "tasks": self.tasks,
+            "shards_hash": self.shards_hash,
             "embedding": self.embedding,
             "size": self.size,
             "action_dim": self.action_dim,
@@ -279,7 +283,7 @@ class Dataset:
         return Probes(**arrays), *rows
 
     def probe_labelled(
-        self, encode: Callable[[np.ndarray], Tensor], budgets: tuple[str, ...]
+        self, encode: Callable[[np.ndarray], Tensor], budgets: Sequence[str]
     ) -> dict[str, float | None]:
         """{budget: action probe of its labelled episodes alone}, mean over tasks: what may choose.
 
@@ -298,7 +302,7 @@ class Dataset:
     def policy_nmse(self, act: Callable[[np.ndarray], Tensor]) -> float | None:
         """NMSE of a policy's actions on the held-out episodes, mean over tasks. act: rows (N,) -> (N, A)."""
         measured = []
-        for rows in self.by_task(self.held_out):
+        for rows in self.by_task(self.held_out_actions):
             truth = self.columns["actions"][rows].astype(np.float64)
             guess = torch.cat([act(part) for part in chunks(rows)]).clamp(-1, 1).double().cpu().numpy()
             measured.append({"policy_nmse": nmse(guess - truth, truth, truth.var(0) > VARIES)})
@@ -363,6 +367,10 @@ def find_embeddings(root: Path, shards: list[dict], wanted: str) -> tuple[str, l
             npy = path.with_suffix(".npy")
             fail(f"{npy} was made from other frames than {shard['shard']} holds; delete it and make it again")
     return found[0], records
+
+
+def hash_of(hashes: dict) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def embedding_name(record: dict) -> str:

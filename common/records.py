@@ -103,7 +103,7 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights.items():
         digest.update(name.encode())
-        digest.update(weight.float().numpy().tobytes())
+        digest.update(weight.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

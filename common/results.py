@@ -79,6 +79,7 @@ def refuse_mixture(run: dict, other: dict) -> None:
         return
     both = f"{other['dir']} and {run['dir']} are both variant '{run['variant']}'"
     shared_tasks = set(run["tasks"]) & set(other["tasks"])
+    tasks_equal = set(run["tasks"]) == set(other["tasks"])
     shared_budgets = set(run["labelled_episodes"]) & set(other["labelled_episodes"])
     if run["seed"] == other["seed"] and shared_tasks and shared_budgets:
         fail(f"{both} with seed {run['seed']}; choose with --runs")
@@ -88,6 +89,10 @@ def refuse_mixture(run: dict, other: dict) -> None:
     changed = differences(other["trained"], both_have)
     if shared_tasks and changed:
         fail(f"{both} with other arguments ({changed}); choose with --runs, or name one by --variant")
+    for name in ("env", "data_hash"):  # the latter is of the run's tasks
+        values = [each[name] for each in (run, other) if name in each and (name == "env" or tasks_equal)]
+        if len(values) == 2 and values[0] != values[1]:
+            fail(f"{both}, and {run['data']} was made anew between them ({name}); train the older again")
 
 
 def choose_budgets(runs: list[dict], wanted: tuple[str, ...]) -> None:
@@ -142,8 +147,12 @@ def read_rollouts(run: dict) -> dict[tuple, dict]:
         fail(f"{path} is damaged ({error}); move it away and its episodes are rolled out again")
     fresh = {}
     for key, row in rows.items():
-        if row["policy_hash"] == run["policy_hash"].get(row["labelled"]):
+        wanted = run["policy_hash"].get(row["labelled"], "")
+        if row["policy_hash"] == wanted:
             fresh[key] = row
+        elif row["policy_hash"].partition("-x")[0] == wanted.partition("-x")[0]:
+            executed = row["policy_hash"].partition("-x")[2]
+            fail(f"{path} is of --execute {executed}: repeat that, or move the file away")
     if len(fresh) < len(rows):
         print(f"{path}: dropped {len(rows) - len(fresh)} episodes of another policy")
         for film in (run["dir"] / "rollouts").glob("*_seed*"):

@@ -29,8 +29,17 @@ from tqdm import tqdm
 from common import differences, fail
 from common.dataset import random_shift
 from common.device import Means
-from common.records import Log, code_version, finished_stages, load_checkpoint, policy_stages, save_checkpoint
+from common.records import (
+    Log,
+    code_version,
+    finished_stages,
+    hash_weights,
+    load_checkpoint,
+    policy_stages,
+    save_checkpoint,
+)
 from common.shards import RANK, WORLD, lock_folder, read_json, write_json
+from common.statistics import budget_order
 
 LOG_EVERY = 50  # updates between two rows of metrics.jsonl
 CHECKPOINT_EVERY = 200  # updates between two checkpoints; a multiple of LOG_EVERY
@@ -60,6 +69,7 @@ class Training:
     schedule: LRScheduler
     updates: int
     seconds: float
+    after: str = ""  # hash of the weights of the stage before
     finished: bool = False
     results: dict = field(default_factory=dict)
 
@@ -133,12 +143,15 @@ class Run:
         The stage, a name without "_" but before a label budget, is finished only with `finish`, which the
         script calls when it has done what follows the last update.
         """
+        number = 1 + self.stages.index(stage.split("_")[0])
         training = Training(module, optimizer, schedule, updates, seconds=0.0)
+        before = [name for name in self.training if self.stages.index(name.split("_")[0]) + 1 < number]
+        if before:
+            training.after = hash_weights(self.training[before[-1]].module.state_dict())
         self.training[stage] = training
         start = self.resume(stage, training)
         if training.finished:
             return
-        number = 1 + self.stages.index(stage.split("_")[0])
         probe_every = max(LOG_EVERY, updates // PROBE_TIMES // LOG_EVERY * LOG_EVERY)
         begun, earlier = time.time(), training.seconds
         means = Means()
@@ -176,6 +189,9 @@ class Run:
         checkpoint = load_checkpoint(self.folder / f"{stage}.pt", self.identity, self.device)
         update = 0
         if checkpoint is not None:
+            if checkpoint.get("after", training.after) != training.after:
+                why = "an earlier stage has changed since it was trained"
+                fail(f"{self.folder / stage}.pt: {why}; delete it and run again")
             training.module.load_state_dict(checkpoint["module"])
             training.optimizer.load_state_dict(checkpoint["optimizer"])
             training.schedule.load_state_dict(checkpoint["schedule"])
@@ -204,6 +220,7 @@ class Run:
             "parameters": sum(weight.numel() for weight in training.module.parameters()),
             "commit": self.commit,
             "finished": training.finished,
+            "after": training.after,
             "results": training.results,
             "identity": self.identity,
         }
@@ -211,6 +228,11 @@ class Run:
 
     def finished(self, stage: str) -> bool:
         return self.training[stage].finished
+
+    def budgets(self, *more: str) -> list[str]:
+        """Label budgets that have a decoder here, from earlier commands too, and `more`."""
+        there = [path.stem.partition("_")[2] for path in self.folder.glob("decoder_*.pt")]
+        return sorted({*there, *more}, key=budget_order)
 
     def results(self, stage: str) -> dict:
         """What `finish` stored, also in an earlier process; empty of a stage that is not finished."""

@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
@@ -333,6 +334,12 @@ def test_runs_that_only_share_a_name_are_refused(lab):
         Path(f"runs/lapo-s{seed}/args.json").write_text(json.dumps(args | {"lr": lr}))
     evaluate(runs=("lapo-s0", "lapo-s2"))  # an older run does not know the flag
     assert "'lapo' with other arguments (lr: 0.1 there, 0.2 here)" in refusal(runs=("lapo-s2", "lapo-s3"))
+    env = {"videos": "none", "size": 8, "max_steps": 20}
+    for seed, (data_hash, steps) in enumerate([("a", 20), ("a", 20), ("b", 20), ("a", 30)]):
+        make_run("anew", seed, data_hash=data_hash, env=env | {"max_steps": steps})
+    evaluate(runs=("anew-s0", "anew-s1"))
+    assert "data/tiny was made anew between them (data_hash)" in refusal(runs=("anew-s0", "anew-s2"))
+    assert "data/tiny was made anew between them (env)" in refusal(runs=("anew-s0", "anew-s3"))
 
 
 @pytest.mark.parametrize(
@@ -499,6 +506,10 @@ def test_a_real_policy_of_videos(tmp_path):
         (task, labelled) for task in ("reach", "push") for labelled in ("1", "2")
     }
     assert len(errors) == 16 and all(0.2 < float(row["nmse"]) < 20 for row in errors), "random data"
+    meta = (tmp_path / "data/videos/meta.json").read_text()
+    (tmp_path / "data/videos/meta.json").write_text(meta.replace('"frames of', '"other frames of'))
+    again = run_script("eval.py", "--out", "results/tiny", cwd=tmp_path)
+    assert "data/videos was made anew since runs/lapo was trained on it" in conftest.refusal(again)
 
 
 # ---------------------------------------------------------------------------------------- tables, flags
@@ -767,5 +778,9 @@ def test_chunks_are_executed_in_part(lab, monkeypatch):
     first = len(asked)
     evaluate(episodes=2, envs=2, execute=3)
     assert len(asked) == first, "nothing is left to do"
+    kept = Path("runs/latbot-s0/rollouts.csv").read_bytes()
+    assert "is of --execute 3" in refusal(episodes=2, envs=2, execute=20)
+    assert Path("runs/latbot-s0/rollouts.csv").read_bytes() == kept
+    Path("runs/latbot-s0/rollouts.csv").unlink()
     evaluate(episodes=2, envs=2, execute=20)
     assert [keys[0][3] for _, keys in asked[first:]][:2] == [0, 8], "a chunk has eight"

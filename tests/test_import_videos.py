@@ -275,6 +275,25 @@ def test_clips_with_csv(tmp_path):
     meta, episodes = bring_in(write_clips(tmp_path / "clips", "csv"), tmp_path / "data")
     check_all(meta, episodes)
     assert meta["action"]["names"] == ["x", "y", "grip"]
+    for path in (tmp_path / "clips").glob("*.csv"):
+        path.rename(path.with_suffix(".CSV"))
+    again, _ = bring_in(tmp_path / "clips", tmp_path / "again")
+    assert again["shards"] == meta["shards"]
+
+
+def test_other_actions_are_another_data_set(tmp_path):
+    """Also within the same range: a row late, say."""
+    source = write_clips(tmp_path / "clips", episodes=3)
+    flags = ("import_videos.py", source, "--size", 32, "--out", "data")
+    first = run_script(*flags, cwd=tmp_path)
+    assert "3 episodes of clips; actions action_0, action_1, action_2; " in first.stdout, first.stderr
+    path = source / "clip_1.npy"
+    np.save(path, np.roll(np.load(path), 1, axis=0))
+    before = digests(tmp_path / "data")
+    assert "source_rows" in refusal(run_script(*flags, cwd=tmp_path)) and digests(tmp_path / "data") == before
+    for path in source.glob("*.npy"):
+        path.unlink()
+    assert "3 episodes of clips; no actions; " in run_script(*flags[:-1], "videos", cwd=tmp_path).stdout
 
 
 def test_clips_without_actions_in_a_folder_for_each_task(clips, tmp_path):

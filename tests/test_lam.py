@@ -512,6 +512,8 @@ def test_a_label_budget_added_later_trains_its_decoder_alone(made_up, tmp_path, 
     assert summaries[0]["labelled_episodes"] == ["1", "2"]
     assert summaries[0]["policy_hash"] == summaries[1]["policy_hash"]
     assert len(set(summaries[0]["policy_hash"].values())) == 2
+    for name in ("labelled_probe_nmse", "policy_nmse"):
+        assert list(summaries[0][name]) == ["1", "2"] and summaries[0][name] == summaries[1][name]
 
 
 @pytest.mark.parametrize("method, labelled", [("lapo", ("1", "2")), ("bc", ("2",))])
@@ -766,6 +768,21 @@ def test_a_foreign_checkpoint_is_named_and_refused(finished, made_up, new_run):
     train_all(*other)
     shutil.copy(other[0].folder / "bc.pt", finished / "bc.pt")
     assert str(finished / "bc.pt") in refused(finished, made_up)
+
+
+def test_a_stage_whose_earlier_one_has_changed_is_named_and_refused(finished, made_up):
+    """As after a damaged lam.pt was deleted and trained again: bc.pt has learnt other latents."""
+    command = flags(data=made_up, out=finished)
+    assert run_script("lam_vlm.py", *command, cwd=finished.parent).returncode == 0
+    checkpoint = torch.load(finished / "lam.pt", weights_only=True)
+    for name, weight in checkpoint["module"].items():
+        if name.startswith("idm."):
+            weight.add_(0.1)
+    torch.save(checkpoint, finished / "lam.pt")
+    assert "bc.pt: an earlier stage has changed" in refused(finished, made_up)
+    (finished / "bc.pt").unlink()
+    again = run_script("lam_vlm.py", *command, cwd=finished.parent)
+    assert "decoder_1.pt: an earlier stage has changed" in refusal(again)
 
 
 def test_a_loss_that_explodes_ends_with_one_line(made_up, tmp_path):
