@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common import at_least, differences, fail, parse, shards
 from common.distracting_metaworld import DistractingMetaWorld
 from common.encoders import embed_shard, encoder_config, make_encoder
-from common.oracle import prompt_text
+from common.oracle import PROMPTS, named_segments, prompt_text
 from common.shards import ARRAYS, RANK, SEGMENTS, WORLD, wait_for_all_ranks
 from common.tasks import INSTRUCTIONS, OBJECTS, task_names
 from common.video_clips import Clips
@@ -353,6 +353,11 @@ def embed(args: Args, out: Path, meta: dict) -> None:
         tremble=args.tremble,
         bfloat16=args.bfloat16,
     )
+    if RANK == 0 and (encoder.family == "oracle" or encoder.blank != "none"):
+        for prompt in set(args.prompt) - set(PROMPTS):
+            object = meta["objects"][meta["tasks"][0]]
+            kept = named_segments(prompt_text(prompt, object), object)
+            print(f"the oracle takes {prompt!r} to ask for {', '.join(SEGMENTS[index] for index in kept)}")
     mine = share_of_this_rank(meta["shards"])
     images = sum(shard["frames"] for shard in mine)
     with tqdm(total=images, desc=f"embed {encoder.name}", unit="image", disable=RANK > 0) as bar:
@@ -370,6 +375,9 @@ def embed(args: Args, out: Path, meta: dict) -> None:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
+    for name in ("tasks", "prompt"):
+        if not getattr(args, name):
+            fail(f"--{name} is given without a value")
     args.tasks = task_names(args.tasks)
     at_least(0, args, "workers", "noise", "seed", "clips", "video_step", "noise_std", "tremble")
     at_least(0, args, "encoder_batch", "encoder_size")

@@ -36,6 +36,7 @@ from common.distracting_metaworld import DistractingMetaWorld
 from common.probes import VARIES
 from common.report import PROBE_COLUMNS, add_probes, make_report, probe_rows, remarks
 from common.results import (
+    check_clips,
     choose_budgets,
     csv_text,
     film_path,
@@ -222,6 +223,8 @@ def plan_blocks(run: dict, rows: dict[tuple, dict], args: Args) -> list[Block]:
                     policy_hash = run["policy_hash"][labelled]
                     what = (run["dir"], task, labelled, policy_hash, run["env"], args)
                     blocks.append(Block(*what, episodes, sorted(filmed & here)))
+    if blocks:
+        check_clips(run)
     return blocks
 
 

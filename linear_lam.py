@@ -340,6 +340,8 @@ def trained_lams(data: Dataset, train_episodes: int) -> dict[tuple, list[tuple[f
             continue
         if args.get("train_episodes", 0) != train_episodes:
             continue
+        if summary.get("shards_hash", data.shards_hash) != data.shards_hash:
+            continue  # collected anew since
         if "lam" not in summary["stages"] or any(args.get(name) != quick[name] for name in names):
             continue
         target = args["target"]

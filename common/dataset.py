@@ -59,7 +59,7 @@ class Dataset:
 
     A transition t goes from row t to row t + frame_gap of the same episode; `train` and `held_out` split the
     transitions by episode. `first` and `last` are the bounds of each row's episode. Parameters are flags of
-    the scripts; root: data/<name>. Whatever is missing, damaged or foreign ends the program with one line.
+    the scripts; root: data/<name>. Whatever is missing, cut or foreign ends the program with one line.
     """
 
     def __init__(
@@ -189,6 +189,7 @@ class Dataset:
             "env": self.meta["env"],
             "tasks": self.tasks,
             "shards_hash": self.shards_hash,
+            "test_clips": hash_of(self.meta.get("clips", {}).get("test", [])),
             "embedding": self.embedding,
             "size": self.size,
             "action_dim": self.action_dim,
@@ -369,8 +370,8 @@ def find_embeddings(root: Path, shards: list[dict], wanted: str) -> tuple[str, l
     return found[0], records
 
 
-def hash_of(hashes: dict) -> str:
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+def hash_of(content: dict | list) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def embedding_name(record: dict) -> str:

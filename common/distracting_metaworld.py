@@ -267,6 +267,8 @@ class Renderer:
         self.fixed_pose = np.zeros(0)  # in which the layer of what never moves was drawn
         self._place_camera(camera, camera_distance)
         self.camera_moves = not fixed[model.cam_bodyid[self.camera.fixedcamid]]  # two cameras sit on the hand
+        if self.camera_moves and camera_distance:
+            fail(f"--camera-distance is for a camera that stands still; {camera} sits on the hand")
         roots = [model.body(root).name for root in model.body_rootid]
         self.segment_of_body = np.array([SEGMENT_OF_ROOT.get(root, OBJECT) for root in roots], np.uint8)
 

@@ -159,6 +159,8 @@ def make_encoder(
             fail("--encoder-size and --blank are for other encoders: the oracle resizes and blanks by itself")
         encoder = Oracle(background_kept)
     else:
+        if background_kept:
+            fail("--background-kept is for --encoder oracle")
         config = encoder_config(name, trust_remote_code, model_revision)
         from common import pretrained  # here: the oracle needs no torch
 
@@ -265,6 +267,7 @@ def check_embedding(path: Path, expected: dict) -> None:
         whole = record["sha256"] == sha256(path.with_suffix(".npy"))
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{path} or its .npy is damaged; delete both and run again")
+    record = {"arithmetic": expected["arithmetic"]} | record  # an older one does not say it
     other = [key for key, value in expected.items() if record.get(key) != value]
     if other:
         fail(f"{path} was made with other {', '.join(other)}; delete it and its .npy, and run again")

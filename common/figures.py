@@ -255,19 +255,21 @@ def draw_probes_of_levels(
 def plot_probes(runs: list[dict], path: Path) -> Path | None:
     """Action-probe NMSE of embedding targets, mean over runs: encoder and prompt by layer and pool.
 
-    Runs of other updates of stage 1 or frame gaps can not be compared: of those settings, the one that has
-    the most targets.
+    Runs of other settings of stage 1 or other data can not be compared: of those, what has the most targets.
     """
+    same = ("data", "train_episodes", "fdm_sees", "latent_dim", "supervision", "idm_horizon", "lr")
     settings = defaultdict(lambda: defaultdict(list))
     for run in runs:
         embedding = run.get("embedding")
         if embedding and run.get("action_probe_nmse") is not None:
             updates = run.get("lam_updates", run.get("teacher_updates"))  # of latbot.py: the teacher's
-            name = f"{embedding['encoder']}: {textwrap.shorten(embedding['prompt'], 40)}"
-            target = name, f"layer {embedding['layer']}, {embedding['pool']}"
-            setting = settings[updates, run.get("frame_gap", run.get("span"))]
-            setting[target].append(run["action_probe_nmse"])
-    (updates, gap), values = max(settings.items(), key=lambda item: len(item[1]), default=((0, 0), {}))
+            name = embedding["encoder"], embedding["prompt"]
+            layer = f"layer {embedding['layer']}, {embedding['pool']}"
+            other = str([run.get(setting) for setting in same])
+            setting = settings[updates, run.get("frame_gap", run.get("span")), other]
+            setting[name, layer].append(run["action_probe_nmse"])
+    none = (0, 0, ""), {}
+    (updates, gap, _), values = max(settings.items(), key=lambda item: len(item[1]), default=none)
     if len(values) < 2:
         return None
     names = sorted({name for name, _ in values})
@@ -287,7 +289,8 @@ def plot_probes(runs: list[dict], path: Path) -> Path | None:
                 colour = "white"
             axes.text(x, y, f"{value:.2f}", color=colour, fontsize=8, **middle)
     axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    labels = [f"{encoder}: {textwrap.shorten(prompt, 40)}" for encoder, prompt in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8)
     axes.set_title(f"{updates} updates of stage 1, frame gap {gap}", fontsize=9)
     figure.colorbar(picture, label="action-probe NMSE")
     return save_figure(figure, path)

@@ -46,6 +46,7 @@ class Encoder:
     blank = "none"
     background_kept = 0.0
     temperature: float | None = None
+    arithmetic = "float32"
     disturbance = Disturbance()
 
     def prepare(
@@ -72,6 +73,7 @@ class Encoder:
             "blank": self.blank,
             "background_kept": self.background_kept,
             "temperature": self.temperature,
+            "arithmetic": self.arithmetic,
             "noise_std": self.disturbance.noise_std,
             "tremble": self.disturbance.tremble,
             "bfloat16": self.disturbance.bfloat16,
@@ -81,13 +83,17 @@ class Encoder:
 # ------------------------------------------------------------------------------------ the oracle
 
 
+ASKING = "describe|focus|look|show|watch"  # verbs that begin a new request
+
+
 def named_segments(text: str, object: str) -> list[int]:
     """The oracle's understanding of a prompt: indices of the SEGMENTS to keep.
 
-    Sentences with a negation take away what they name, the others ask for it. A prompt that asks for
-    nothing known keeps everything.
+    A sentence asks for what it names up to a negation, and takes away what it names from there on. A prompt
+    that asks for nothing known keeps everything but what it takes away.
     """
     words_of = {
+        "background": {"background", "backdrop"},
         "table": {"table"},
         "robot": {"robot", "arm", "gripper", "hand", "sawyer"},
         "goal": {"goal", "target"},
@@ -95,15 +101,15 @@ def named_segments(text: str, object: str) -> list[int]:
     }
     negations = {"not", "dont", "ignore", "without", "except", "no"}
     asked, refused = set(), set()
-    for sentence in re.split("[.!?]", text.lower().replace("'", "")):
-        words = set(re.findall(r"\w+", sentence))
-        named = {segment for segment, names in words_of.items() if words & names}
-        if "object" in named:
-            named.add("goal")
-        if words & negations:
-            refused |= named
-        else:
-            asked |= named
+    text = text.lower().replace("'s", "").replace("'", "")  # the robot's; don't
+    for sentence in re.split(rf"[.!?;:]|\bbut\b|(?:,|\band\b)\s*(?=(?:{ASKING})\b)", text):
+        words = re.findall(r"\w+", sentence)
+        negation = next((index for index, word in enumerate(words) if word in negations), len(words))
+        for part, found in ((words[:negation], asked), (words[negation:], refused)):
+            named = {segment for segment, names in words_of.items() if names & set(part)}
+            if "object" in named:
+                named.add("goal")
+            found |= named
     kept = (asked or set(SEGMENTS)) - refused
     return [SEGMENTS.index(segment) for segment in kept]
 

@@ -55,6 +55,7 @@ class Pretrained(Encoder):
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             self.dtype = torch.bfloat16
             self.batch = batch or 64
+        self.arithmetic = str(self.dtype).removeprefix("torch.")
         self.path = name.removeprefix("otter:")
         self.revision = config["revision"]
         self.source = {"pretrained_model_name_or_path": self.path, "trust_remote_code": False}

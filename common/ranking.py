@@ -35,6 +35,8 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
     for name, (label, column) in targets_of(data).items():
         begun = time.time()
         now, after = features(column, train), features(column, train + data.frame_gap)
+        scale = change_scale(after - now, colours=len(column.shape) > 1)
+        now, after = now / scale, after / scale
         row = {"target": name, "label": label, "frame_gap": data.frame_gap}
         changes = {"change": after - now - (after - now).mean(0), "innovation": innovation(now, after)}
         for variant, change in changes.items():
@@ -88,6 +90,14 @@ def view(data: Dataset, rows: np.ndarray) -> np.ndarray:
     now = features(data.columns["frames"], rows)
     after = features(data.columns["frames"], rows + data.frame_gap)
     return np.hstack([now, 4 * (after - now)])
+
+
+def change_scale(change: np.ndarray, colours: bool) -> np.ndarray:
+    """What stage 1 divides a target's change (N, D) by: std of each dimension or colour, floored. (D,)"""
+    std = change.std(0)
+    if colours:
+        std = np.tile(change.reshape(-1, 3).std(0), change.shape[1] // 3)
+    return np.maximum(std, 0.1 * std.mean() + 1e-6)
 
 
 def innovation(now: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -15,8 +15,10 @@ import imageio.v3 as iio
 import numpy as np
 
 from common import differences, fail
+from common.dataset import hash_of
 from common.shards import atomic_write, read_json, read_meta
 from common.statistics import budget_order
+from common.video_clips import Clips
 
 COLUMNS = ["task", "labelled", "eval_seed", "episode", "goal", "clip", "clip_start"]
 COLUMNS += ["success", "first_success_step", "return", "policy_hash"]
@@ -93,6 +95,15 @@ def refuse_mixture(run: dict, other: dict) -> None:
         values = [each[name] for each in (run, other) if name in each and (name == "env" or tasks_equal)]
         if len(values) == 2 and values[0] != values[1]:
             fail(f"{both}, and {run['data']} was made anew between them ({name}); train the older again")
+
+
+def check_clips(run: dict) -> None:
+    """Refuses a folder of backgrounds that has changed: its test clips may have been those of training."""
+    env = run["env"]
+    if "test_clips" in run and env["videos"] != "none":
+        names = Clips(env["videos"], "test", env["size"]).names
+        if hash_of(names) != run["test_clips"]:
+            fail(f"{env['videos']} has other test clips than when the data of {run['dir']} were collected")
 
 
 def choose_budgets(runs: list[dict], wanted: tuple[str, ...]) -> None:

@@ -147,6 +147,8 @@ def list_clips(root: Path, split: str) -> dict[str, list[str]]:
     """{clip: its pictures in order} of a split in a folder or DAVIS archive; a video has no pictures."""
     if root.is_file() and not zipfile.is_zipfile(root):
         fail(f"--videos {root} is neither a folder of clips nor a DAVIS archive (.zip)")
+    if root.name == "JPEGImages":
+        fail(f"--videos {root} holds the same clips in several sizes: give the folder above, that of DAVIS")
     with Files(root) as files:
         names = sorted(files.names(), key=by_number)
         official = []

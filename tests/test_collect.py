@@ -260,6 +260,10 @@ def test_shards_have_the_bytes_of_numpy(tmp_path):
         ("Ignore the table.", set(SEGMENTS) - {"table"}),
         ("Don't mention the arm, describe the rest.", set(SEGMENTS) - {"robot"}),
         ("Where is the table?", {"table"}),
+        ("Focus on the robot arm and not on the background.", {"robot"}),
+        ("Ignore the background, the table and the goal, focus on the robot's hand.", {"robot"}),
+        ("Describe the arm without the table but the drawer.", {"robot", "object", "goal"}),
+        ("Do not describe the background.", set(SEGMENTS) - {"background"}),
     ],
 )
 def test_the_prompt_decides_what_the_oracle_keeps(prompt, kept):
@@ -422,6 +426,9 @@ BAD_FLAGS = {
     "negative workers": ("--workers -1", "--workers"),
     "no fraction": ("--background-kept 2", "--background-kept"),
     "no share": ("--video-area 1.5", "--video-area"),
+    "no task": ("--tasks", "--tasks is given without a value"),
+    "no prompt": ("--prompt", "--prompt is given without a value"),
+    "not the oracle": ("--encoder random --background-kept 0.1", "--background-kept is for --encoder oracle"),
     "a clip less than none": ("--clips -1", "--clips"),
     "expert fails": ("--max-steps 2 --workers 2 --shard-episodes 1 --episodes-per-task 2", "--max-steps"),
 }

@@ -344,6 +344,11 @@ def test_the_camera_moves_backward(make_env):
     assert 0 < sizes[1] < 0.9 * sizes[0], "what is farther away is smaller"
 
 
+def test_a_camera_on_the_hand_does_not_move_backward(make_env):
+    with pytest.raises(SystemExit, match="gripperPOV sits on the hand"):
+        make_env(videos="none", camera="gripperPOV", camera_distance=0.3)
+
+
 def test_metaworlds_own_names_are_accepted(make_env):
     own, short = make_env("drawer-open-v3"), make_env("drawer-open")
     assert own.task == "drawer-open" and equal(play(own, 0, steps=1), play(short, 0, steps=1))

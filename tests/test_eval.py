@@ -20,8 +20,11 @@ from conftest import ROOT, run_script
 from made_up import LENGTH, flags, make_data
 
 import eval as ev
+from common.dataset import hash_of
 from common.report import remarks
+from common.results import check_clips
 from common.shards import lock_folder
+from common.video_clips import Clips
 from eval import Args
 
 # The stand-ins check eval.py: a frame carries (episode, time), the policy answers with what it saw first and
@@ -340,6 +343,15 @@ def test_runs_that_only_share_a_name_are_refused(lab):
     evaluate(runs=("anew-s0", "anew-s1"))
     assert "data/tiny was made anew between them (data_hash)" in refusal(runs=("anew-s0", "anew-s2"))
     assert "data/tiny was made anew between them (env)" in refusal(runs=("anew-s0", "anew-s3"))
+
+
+def test_other_test_clips_are_refused(lab):
+    """A clip that came into the folder moves the cut: one that was trained on would be tested on."""
+    env = {"videos": "generated", "size": 8, "max_steps": 20}
+    names = Clips("generated", "test", 8).names
+    check_clips({"env": env, "test_clips": hash_of(names)})
+    make_run("lapo", env=env, test_clips=hash_of(names[1:]))
+    assert "generated has other test clips than when the data of runs/lapo-s0" in refusal()
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,8 @@ def test_heat_map_of_embedding_targets(drawn):
         make_run("pixels", 0, None, action_probe_nmse=1.0),
         make_run("longer", 0, about, action_probe_nmse=0.1, lam_updates=2000),  # can not be compared
         make_run("gap", 0, about, action_probe_nmse=0.1, frame_gap=4),
+        make_run("view", 0, about, action_probe_nmse=0.1) | {"fdm_sees": "frame"},
+        make_run("z4", 0, about, action_probe_nmse=0.1, latent_dim=4),
     ]
     figures.plot_probes(runs, Path("probes.png"))
     axes = drawn["probes.png"].axes[0]
@@ -190,6 +192,13 @@ def test_heat_map_of_embedding_targets(drawn):
     ]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["layer -2, last", "layer -2, text"]
     assert figures.plot_probes(runs[:2], Path("one.png")) is None
+    long = [
+        "Do not describe background features. " + end for end in ("Focus on the arm.", "Describe the image.")
+    ]
+    for prompt in long:  # alike in what fits beside the picture
+        runs.append(make_run("own", 0, about | {"prompt": prompt}, action_probe_nmse=0.8))
+    figures.plot_probes(runs, Path("own.png"))
+    assert len(drawn["own.png"].axes[0].get_yticklabels()) == 5
 
 
 def test_strip_shows_the_same_times(drawn):

@@ -12,8 +12,9 @@ from made_up import ARRAYS, make_data
 from scipy.stats import spearmanr
 
 import lam_vlm
+from common.dataset import Moments
 from common.nonlinear_lam import nonlinear
-from common.ranking import innovation, linear_encoder, spearman
+from common.ranking import change_scale, innovation, linear_encoder, spearman
 from linear_lam import (
     QUICK,
     TABLE,
@@ -240,6 +241,19 @@ def test_the_innovation_is_what_the_target_does_not_tell_of_its_change():
     assert np.abs(now.T @ innovation(now, after)).max() < 0.05 * len(now)
 
 
+def test_targets_are_scaled_as_stage_1_scales_them():
+    """Else a few dimensions of a large variance, as VLMs have them, are all that the ranking sees."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 6)) * [1, 2, 3, 90, 0, 5]
+    pictures = rng.normal(size=(50, 4, 4, 3)) * [1, 5, 0]
+    for change, layout in ((vectors, vectors), (pictures.reshape(50, -1), pictures.transpose(0, 3, 1, 2))):
+        moments = Moments()
+        moments.add(torch.from_numpy(layout))
+        wanted = moments.mean_std()[1].flatten().numpy()
+        scale = change_scale(change, colours=layout.ndim > 2)
+        assert np.allclose(scale[: len(wanted)], wanted, rtol=0.02) and scale.shape == change.shape[1:]
+
+
 def rank(folder: Path, *flags: str) -> tuple[dict[tuple[str, str], dict], str]:
     """Runs the bridge on data/made: {(target, frame gap): row of bridge.csv}, and what was printed."""
     result = run_script("linear_lam.py", "--data", "data/made", "--out", "results/linear", *flags, cwd=folder)
@@ -271,6 +285,9 @@ def test_the_ranking_of_targets_beside_trained_runs(tmp_path):
     write_run(tmp_path, "other view", **other, fdm_sees="frame")
     write_run(tmp_path, "other tasks", **other, tasks=["reach"])
     write_run(tmp_path, "other data", **other, data="data/else")
+    write_run(tmp_path, "collected anew", **other)
+    path = tmp_path / "runs/collected anew/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shards_hash": "another"}))
 
     rows, printed = rank(tmp_path, "--frame-gap", "1", "2")
     assert set(rows) == {(t, gap) for t in ("pixels", "clean", "made_up_L0") for gap in "12"}

@@ -340,6 +340,14 @@ def davis_zip(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+def test_clips_in_several_sizes_are_refused(tmp_path):
+    """Else a clip would be one to train on in one size, and one to test on in another."""
+    (tmp_path / "DAVIS/JPEGImages/480p").mkdir(parents=True)
+    with pytest.raises(SystemExit) as error:
+        Clips(str(tmp_path / "DAVIS/JPEGImages"), "test", 8)
+    assert "give the folder above" in one_line(error)
+
+
 @pytest.mark.parametrize("form", ["archive", "folder", "folder inside"])
 def test_davis_has_its_official_split(tmp_path, form):
     path = davis_zip(tmp_path / "davis.zip", davis_files())
