@@ -205,14 +205,14 @@ def describe(args: Args, tasks: dict[str, list[Episode]], texts: dict[str, str],
     if action is not None:
         arrays.append("actions")
     episodes = sum(tasks.values(), [])
-    rows = b""
+    rows = hashlib.sha256()
     for episode in episodes:
-        rows += episode.file.name.encode() + episode.steps.tobytes()
-        rows += b"" if episode.actions is None else episode.actions.tobytes()
+        rows.update(episode.file.name.encode() + episode.steps.tobytes())
+        rows.update(b"" if episode.actions is None else episode.actions.tobytes())
     return {
         "source": args.path,
         "source_bytes": sum(file.stat().st_size for file in {episode.file for episode in episodes}),
-        "source_rows": hashlib.sha256(rows).hexdigest()[:16],  # names, frames that are kept, actions
+        "source_rows": rows.hexdigest()[:16],  # names, frames that are kept, actions
         "camera": episodes[0].camera,
         "env": None,  # no simulator
         "size": args.size,
