@@ -189,7 +189,7 @@ class Dataset:
             "env": self.meta["env"],
             "tasks": self.tasks,
             "shards_hash": self.shards_hash,
-            "test_clips": hash_of(self.meta.get("clips", {}).get("test", [])),
+            "test_clips": hash_of(self.meta["clips"]["test"]) if "clips" in self.meta else None,
             "embedding": self.embedding,
             "size": self.size,
             "action_dim": self.action_dim,

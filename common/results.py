@@ -100,7 +100,7 @@ def refuse_mixture(run: dict, other: dict) -> None:
 def check_clips(run: dict) -> None:
     """Refuses a folder of backgrounds that has changed: its test clips may have been those of training."""
     env = run["env"]
-    if "test_clips" in run and env["videos"] != "none":
+    if run.get("test_clips") and env["videos"] != "none":
         names = Clips(env["videos"], "test", env["size"]).names
         if hash_of(names) != run["test_clips"]:
             fail(f"{env['videos']} has other test clips than when the data of {run['dir']} were collected")
