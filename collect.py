@@ -386,6 +386,8 @@ def parse_args(arguments: list[str]) -> Args:
     for name in ("background_kept", "video_area"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} is a fraction, 0 to 1")
+    if args.background_kept and args.encoder not in ("oracle", "none"):
+        fail("--background-kept is for --encoder oracle")
     if args.otter_temperature <= 0:
         fail("--otter-temperature must be positive")
     return args

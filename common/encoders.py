@@ -159,8 +159,6 @@ def make_encoder(
             fail("--encoder-size and --blank are for other encoders: the oracle resizes and blanks by itself")
         encoder = Oracle(background_kept)
     else:
-        if background_kept:
-            fail("--background-kept is for --encoder oracle")
         config = encoder_config(name, trust_remote_code, model_revision)
         from common import pretrained  # here: the oracle needs no torch
 
