@@ -354,7 +354,9 @@ def embed(args: Args, out: Path, meta: dict) -> None:
         bfloat16=args.bfloat16,
     )
     if RANK == 0 and (encoder.family == "oracle" or encoder.blank != "none"):
-        for prompt in set(args.prompt) - set(PROMPTS):
+        for prompt in args.prompt:
+            if prompt in PROMPTS:
+                continue
             object = meta["objects"][meta["tasks"][0]]
             kept = named_segments(prompt_text(prompt, object), object)
             print(f"the oracle takes {prompt!r} to ask for {', '.join(SEGMENTS[index] for index in kept)}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from common import fail
 from common.probes import VARIES, Probes, background_change, labelled_probe, mean_over_tasks, nmse
-from common.shards import RANK, SEGMENTS, atomic_write, held_out_episodes, read_json, read_meta
+from common.shards import RANK, SEGMENTS, atomic_write, hash_of, held_out_episodes, read_json, read_meta
 
 SAMPLE = 10_000  # transitions that probes and statistics are fitted on, at most
 
@@ -368,10 +366,6 @@ def find_embeddings(root: Path, shards: list[dict], wanted: str) -> tuple[str, l
             npy = path.with_suffix(".npy")
             fail(f"{npy} was made from other frames than {shard['shard']} holds; delete it and make it again")
     return found[0], records
-
-
-def hash_of(content: dict | list) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def embedding_name(record: dict) -> str:

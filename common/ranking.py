@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import torch
 
 from common import fail
-from common.dataset import Column, Dataset, find_embeddings
+from common.dataset import Column, Dataset, Moments, find_embeddings
 from common.probes import Ridge, mean_over_tasks
 
 GRID = 16  # the linear encoder sees frames as GRID x GRID squares
@@ -94,10 +95,12 @@ def view(data: Dataset, rows: np.ndarray) -> np.ndarray:
 
 def change_scale(change: np.ndarray, colours: bool) -> np.ndarray:
     """What stage 1 divides a target's change (N, D) by: std of each dimension or colour, floored. (D,)"""
-    std = change.std(0)
+    moments, dims = Moments(), change.shape[1]
     if colours:
-        std = np.tile(change.reshape(-1, 3).std(0), change.shape[1] // 3)
-    return np.maximum(std, 0.1 * std.mean() + 1e-6)
+        change = change.reshape(-1, 3)
+    moments.add(torch.from_numpy(change))
+    std = moments.mean_std()[1].double().numpy()
+    return np.tile(std, dims // len(std))
 
 
 def innovation(now: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -15,8 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from common import differences, fail
-from common.dataset import hash_of
-from common.shards import atomic_write, read_json, read_meta
+from common.shards import atomic_write, hash_of, read_json, read_meta
 from common.statistics import budget_order
 from common.video_clips import Clips
 
@@ -81,7 +80,6 @@ def refuse_mixture(run: dict, other: dict) -> None:
         return
     both = f"{other['dir']} and {run['dir']} are both variant '{run['variant']}'"
     shared_tasks = set(run["tasks"]) & set(other["tasks"])
-    tasks_equal = set(run["tasks"]) == set(other["tasks"])
     shared_budgets = set(run["labelled_episodes"]) & set(other["labelled_episodes"])
     if run["seed"] == other["seed"] and shared_tasks and shared_budgets:
         fail(f"{both} with seed {run['seed']}; choose with --runs")
@@ -91,9 +89,11 @@ def refuse_mixture(run: dict, other: dict) -> None:
     changed = differences(other["trained"], both_have)
     if shared_tasks and changed:
         fail(f"{both} with other arguments ({changed}); choose with --runs, or name one by --variant")
-    for name in ("env", "data_hash"):  # the latter is of the run's tasks
-        values = [each[name] for each in (run, other) if name in each and (name == "env" or tasks_equal)]
-        if len(values) == 2 and values[0] != values[1]:
+    compared = ["env"]
+    if set(run["tasks"]) == set(other["tasks"]):
+        compared.append("data_hash")  # it is of the run's tasks
+    for name in compared:
+        if name in run and name in other and run[name] != other[name]:
             fail(f"{both}, and {run['data']} was made anew between them ({name}); train the older again")
 
 
@@ -159,10 +159,10 @@ def read_rollouts(run: dict) -> dict[tuple, dict]:
     fresh = {}
     for key, row in rows.items():
         wanted = run["policy_hash"].get(row["labelled"], "")
+        policy, _, executed = row["policy_hash"].partition("-x")
         if row["policy_hash"] == wanted:
             fresh[key] = row
-        elif row["policy_hash"].partition("-x")[0] == wanted.partition("-x")[0]:
-            executed = row["policy_hash"].partition("-x")[2]
+        elif policy == wanted.partition("-x")[0]:
             fail(f"{path} is of --execute {executed}: repeat that, or move the file away")
     if len(fresh) < len(rows):
         print(f"{path}: dropped {len(rows) - len(fresh)} episodes of another policy")

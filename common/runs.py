@@ -38,7 +38,7 @@ from common.records import (
     policy_stages,
     save_checkpoint,
 )
-from common.shards import RANK, WORLD, lock_folder, read_json, write_json
+from common.shards import RANK, WORLD, hash_of, lock_folder, read_json, write_json
 from common.statistics import budget_order
 
 LOG_EVERY = 50  # updates between two rows of metrics.jsonl
@@ -69,7 +69,8 @@ class Training:
     schedule: LRScheduler
     updates: int
     seconds: float
-    after: str = ""  # hash of the weights of the stage before
+    after: str = ""  # sha256 of the stage before
+    sha256: str = ""  # of the weights, once finished
     finished: bool = False
     results: dict = field(default_factory=dict)
 
@@ -113,9 +114,7 @@ class Run:
             if changed:
                 fail(f"{self.folder} is a run with other arguments ({changed}); choose another --out")
         chosen = {key: value for key, value in identity.items() if value != defaults[key]}
-        text = json.dumps([self.stages, chosen, data_hash], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.identity = {"run": digest, "data": data_hash}
+        self.identity = {"run": hash_of([self.stages, chosen, data_hash]), "data": data_hash}
         if WORLD > 1:
             dist.barrier()  # nobody trains before every rank has agreed
         if RANK == 0:
@@ -145,9 +144,9 @@ class Run:
         """
         number = 1 + self.stages.index(stage.split("_")[0])
         training = Training(module, optimizer, schedule, updates, seconds=0.0)
-        before = [name for name in self.training if self.stages.index(name.split("_")[0]) + 1 < number]
-        if before:
-            training.after = hash_weights(self.training[before[-1]].module.state_dict())
+        for name, earlier in self.training.items():
+            if self.stages.index(name.split("_")[0]) + 1 < number:
+                training.after = earlier.sha256
         self.training[stage] = training
         start = self.resume(stage, training)
         if training.finished:
@@ -244,6 +243,7 @@ class Run:
         """Freezes the module and writes the stage's last checkpoint with `results`; stored ones are kept."""
         training = self.training[stage]
         training.module.eval().requires_grad_(False)
+        training.sha256 = hash_weights(training.module.state_dict())
         if not training.finished:
             training.finished = True
             training.results = results

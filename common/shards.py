@@ -56,6 +56,10 @@ def read_json(path: Path) -> dict:
         fail(f"{path} does not read ({error}); delete it and run what wrote it again")
 
 
+def hash_of(content: dict | list) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,10 +20,9 @@ from conftest import ROOT, run_script
 from made_up import LENGTH, flags, make_data
 
 import eval as ev
-from common.dataset import hash_of
 from common.report import remarks
 from common.results import check_clips
-from common.shards import lock_folder
+from common.shards import hash_of, lock_folder
 from common.video_clips import Clips
 from eval import Args
 
