@@ -125,16 +125,14 @@ def close_envs() -> None:
             env.close()
 
 
-def load_policy(run_dir: Path, labelled: str, device: str) -> Actor | latbot.ChunkActor:
-    """The policy, by the script that trained it; older runs name none."""
-    script = read_json(run_dir / "summary.json").get("script", "lam_vlm")
-    return LOADERS[script](run_dir, labelled=labelled, device=device)
-
-
 @functools.lru_cache(maxsize=1)
 def open_policy(run_dir: Path, labelled: str, policy_hash: str, device: str) -> Actor | latbot.ChunkActor:
-    """policy.plan(frames uint8 (B, frame_stack, H, W, 3), ...) -> (B, span, A); kept from block to block."""
-    return load_policy(run_dir, labelled=labelled, device=device)
+    """The policy, by the script that trained it (older runs name none). policy_hash: for the cache alone.
+
+    policy.plan(frames uint8 (B, frame_stack, H, W, 3), task, keys) -> actions (B, span, A)
+    """
+    script = read_json(run_dir / "summary.json").get("script", "lam_vlm")
+    return LOADERS[script](run_dir, labelled=labelled, device=device)
 
 
 def roll_out_block(block: Block) -> tuple[Block, list[dict], dict[int, np.ndarray]]:
@@ -214,7 +212,7 @@ def plan_blocks(run: dict, rows: dict[tuple, dict], args: Args) -> list[Block]:
                 film = film_path(run["dir"], task, labelled, args.seed, episode)
                 if lowest and episode < args.media and not film.exists():
                     filmed.add(episode)
-                if (task, budget_order(labelled), args.seed, episode) not in rows:
+                if (task, labelled, args.seed, episode) not in rows:
                     missing.add(episode)
             for start in range(0, args.episodes, args.envs):
                 here = set(range(start, start + args.envs))
@@ -318,7 +316,7 @@ def score_rows(runs: list[dict], rows: dict[Path, dict], args: Args) -> list[dic
             for task in run["tasks"]:
                 successes = []
                 for episode in range(args.episodes):
-                    row = rows[run["dir"]][task, budget_order(labelled), args.seed, episode]
+                    row = rows[run["dir"]][task, labelled, args.seed, episode]
                     successes.append(int(row["success"]))
                 score = {"method": run["variant"], "task": task, "seed": run["seed"], "labelled": labelled}
                 scores.append(score | {"episodes": args.episodes, "success": float(np.mean(successes))})
@@ -342,7 +340,7 @@ def collect_strips(table: list[dict], runs: list[dict], rows: dict[Path, dict], 
         run = min(mine, key=lambda run: run["seed"])
         labelled = run["labelled_episodes"][0]
         path = film_path(run["dir"], task, labelled, args.seed, 0)
-        row = rows[run["dir"]][task, budget_order(labelled), args.seed, 0]
+        row = rows[run["dir"]][task, labelled, args.seed, 0]
         strip = {"title": f"{method} ({labelled} labelled)", "film": np.load(path, allow_pickle=False)}
         strips.append(strip | {"success_step": int(row["first_success_step"] or 0)})
     return strips

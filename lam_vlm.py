@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from common import at_least, fail, parse
 from common.actor import Actor, read_policy_run
 from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
-from common.device import average, average_gradients, pick_device
+from common.device import average_gradients, mean_over_ranks, pick_device
 from common.probes import mean_over_tasks
 from common.records import default_folder, load_weights
 from common.runs import Run, one_cycle
@@ -43,7 +43,7 @@ class Args:
     tasks: tuple[str, ...] = ()
     """tasks of the data set to train on, one model for all of them; none given: all"""
     method: Literal["lapo", "bc"] = "lapo"
-    """lapo: the three stages; bc: behaviour cloning of the true actions of the labelled episodes"""
+    """lapo: the three stages; bc: stage 2 alone, on the true actions of the labelled episodes"""
     target: Literal["pixels", "clean", "masked", "embedding"] = "embedding"
     """what the FDM predicts: the next frame, its twin, its robot's pixels (MaskLAM), or its embedding"""
     encoder: str = "oracle_best"
@@ -51,7 +51,7 @@ class Args:
     fdm_sees: Literal["z", "target", "frame"] = "z"
     """what the FDM sees besides z: nothing, the target at t, or the frame o_t (LAPO); DETAIL 4"""
     labelled_episodes: tuple[str, ...] = ("4",)
-    """label budgets: episodes a task whose true actions may be used, or `all`; each has its decoder"""
+    """label budgets: episodes per task whose true actions may be used, or `all`; each has its decoder"""
     latent_dim: int = 16
     """dimensions of the latent action z"""
     supervision: float = 0.0
@@ -63,7 +63,7 @@ class Args:
     frame_stack: int = 1
     """frames in an observation"""
     stages: tuple[Literal["lam", "bc", "decoder"], ...] = ("lam", "bc", "decoder")
-    """stages to run, with those that they need; a finished one is skipped"""
+    """stages to run (bc: the policy), with those that they need; a finished one is skipped"""
     widths: tuple[int, ...] = (32, 64)
     """channels of the convolutional blocks of IDM, policy and picture FDM"""
     res_blocks: int = 1
@@ -79,7 +79,7 @@ class Args:
     decoder_updates: int = 2500
     """updates of stage 3"""
     batch_size: int = 128
-    """transitions (stage 1) or frames (stages 2 and 3) an update"""
+    """transitions (stage 1) or frames (stages 2 and 3) per update"""
     lr: float = 1e-3
     """peak learning rate of AdamW under a one-cycle schedule (stages 1 and 2)"""
     decoder_lr: float = 1e-3
@@ -95,7 +95,7 @@ class Args:
     probe_fraction: float = 0.2
     """fraction of a task's episodes, the last ones, that no stage trains on: the probes are measured there"""
     train_episodes: int = 0
-    """train on the first so many episodes of a task alone; 0: on all but those"""
+    """train on only the first N episodes of each task; 0: on all that are not held out"""
     device: str = "auto"
     """cuda, cpu, or auto"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -157,7 +157,7 @@ class ConvNet(nn.Sequential):
 
 
 def total_stride(size: int, args: Args) -> int:
-    """Pixels of a frame a pixel of ConvNet's output; refuses frames that it does not divide."""
+    """Frame pixels per pixel of ConvNet's output; refuses frames that it does not divide."""
     stride = args.stem * 2 ** (len(args.widths) - 1)
     if size % stride:
         fail(f"--stem and --widths need frames of a multiple of {stride} px, these have {size}")
@@ -321,7 +321,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     probes, measured = data.probes(), {}
     gap = args.frame_gap
     if args.supervision:
-        labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)
+        labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)  # with o_{t + gap}
 
     for step in run.steps("lam", lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(data.train, args.batch_size)[run.share]
@@ -334,7 +334,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
             error = (lam.fdm(lam.context(obs, target_now), z) - change) ** 2
             if args.target == "masked":
                 robot = data.segment(t + gap, "robot")  # (B, 1, H, W)
-                error = error * (robot / average(robot.mean()).clamp_min(1e-6))
+                error = error * (robot / mean_over_ranks(robot.mean()).clamp_min(1e-6))  # mean over the robot
             fdm_loss = error.mean()
             loss = fdm_loss
             if args.supervision:
@@ -354,7 +354,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
             measured = measure(lam, data, probes)
             step.log(**measured)
 
-    if not run.finished("lam"):
+    if not run.restored("lam"):
         lam.latent_std.copy_(common_std(encode(lam, data, thinned(data.train))))
     run.finish("lam", **measured)
     return lam
@@ -363,8 +363,8 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
 def measure(lam: LAM, data: Dataset, probes: list) -> dict[str, float | list | None]:
     """What common/probes.py finds in the latents, a task at a time, mean over tasks."""
     measured = []
-    for of_task, *splits in probes:
-        z_train, z_test = (encode(lam, data, rows).double().cpu().numpy() for rows in splits)
+    for of_task, train, held_out in probes:
+        z_train, z_test = (encode(lam, data, rows).double().cpu().numpy() for rows in (train, held_out))
         measured.append(of_task.measure(z_train, z_test))
     return mean_over_tasks(measured)
 
@@ -398,7 +398,7 @@ def train_bc(run: Run, data: Dataset, args: Args, rows: np.ndarray, targets: Ten
         step.log(loss=loss)
 
     measured = {}
-    if args.method == "bc" and not run.finished("bc"):
+    if args.method == "bc" and not run.restored("bc"):
         measured["policy_nmse"] = data.policy_nmse(lambda rows: policy(data.observe(rows)))
     run.finish("bc", **measured)
     return policy
@@ -436,7 +436,7 @@ def train_decoder(run: Run, data: Dataset, args: Args, policy: Policy, budget: s
         step.log(loss=loss)
 
     measured = {}
-    if not run.finished(stage):
+    if not run.restored(stage):
         measured["policy_nmse"] = data.policy_nmse(lambda rows: decoder(policy(data.observe(rows))))
     run.finish(stage, **measured)
 
@@ -518,7 +518,7 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
     data = Dataset(args.data, args.tasks, target, args.encoder, **window, **split, device=device)
     if data.action_dim is not None:
         for budget in args.labelled_episodes:
-            data.labelled(budget)
+            data.labelled(budget)  # refuses one that the data do not have
     elif args.method == "bc" or args.supervision:
         fail(f"{args.data} has no actions, which --method bc and --supervision need")
     args.tasks = data.tasks

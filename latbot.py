@@ -5,8 +5,9 @@
     python latbot.py --data data/main --backbone llava-hf/llava-1.5-7b-hf
 
 A teacher sees frames t..t+span and makes latents of scene and motion, from which a decoder predicts the frame
-at t+span and, on labelled episodes, the actions. A student sees the first frame and the instruction, and says
-the teacher's latents and the sub-task in words. An expert turns what it says into actions by flow matching.
+at t+span and, on labelled episodes, the actions. A student sees the first frame and the instruction, and
+predicts the teacher's latents and the sub-task's words. An expert turns its latents into actions by flow
+matching.
 After LatBot, arXiv 2511.23034, of which no code is public; what is ours: docs/latbot.md.
 """
 
@@ -27,7 +28,7 @@ from common import at_least, fail, parse
 from common.actor import read_policy_run
 from common.backbones import TinyBackbone, VLMBackbone, attended
 from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
-from common.device import average, average_gradients, pick_device
+from common.device import average_gradients, mean_over_ranks, pick_device
 from common.probes import mean_over_tasks, r2_score
 from common.records import default_folder, load_checkpoint, load_weights, save_checkpoint
 from common.runs import Run, one_cycle
@@ -59,13 +60,13 @@ class Args:
     action_weight: float = 1.0
     """weight of the actions in the teacher's loss, on the labelled episodes; 0: the frame alone"""
     text: Literal["labelled", "all", "none"] = "labelled"
-    """episodes whose sub-tasks the student learns to say: labelled, all, none"""
+    """episodes whose sub-tasks, in words, the student learns: labelled, all, none"""
     expert_sees: Literal["both", "motion"] = "both"
-    """latents that the expert is told: both, or that of motion alone"""
+    """latents that the expert sees: both, or that of motion alone"""
     student: Literal["trains", "frozen"] = "frozen"
     """whether the student trains on with the expert (published); with --latents none it always does"""
     labelled_episodes: tuple[str, ...] = ("8",)
-    """label budget, one: episodes a task whose true actions may be used, or `all`"""
+    """label budget, one: episodes per task whose true actions may be used, or `all`"""
     frames: int = 3
     """frames that the teacher sees of t..t+span"""
     span: int = 8
@@ -95,7 +96,7 @@ class Args:
     expert_updates: int = 2500
     """updates of the expert"""
     batch_size: int = 64
-    """windows an update; a quarter of them, or as many more for the student, are labelled ones"""
+    """windows per update; of the teacher's a quarter is labelled; the student has a quarter more for text"""
     lr: float = 1e-3
     """peak learning rate of AdamW under a one-cycle schedule"""
     weight_decay: float = 1e-2
@@ -143,7 +144,7 @@ PRESETS = {"quick": QUICK, "paper": PAPER}
 PROBES = ("action_probe_nmse", "leak_probe_r2")
 TEXT_WEIGHT = 0.5  # of the sub-task's next-token loss (published)
 COPIES = 8  # at most: randomly shifted copies of each labelled frame that the expert is trained on
-SAID_NOISE = 0.1  # Gaussian noise on what the student says, for the expert, in units of its std
+LATENT_NOISE = 0.1  # Gaussian noise on the latents that the expert is trained on, in units of their std
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -183,7 +184,7 @@ class UnifiedDecoder(nn.Module):
         self.patch = total_stride(domain.size, args)
         side = domain.size // self.patch
         if args.fdm_sees == "frame":
-            self.see = nn.Conv2d(3, width, self.patch, self.patch)
+            self.project = nn.Conv2d(3, width, self.patch, self.patch)
         self.place = nn.Parameter(0.02 * torch.randn(side**2, width))
         self.slots = nn.Parameter(0.02 * torch.randn(args.span, width))
         dims = (args.scene_dim, args.motion_dim)
@@ -206,7 +207,7 @@ class UnifiedDecoder(nn.Module):
             z_scene, z_motion = z.split([self.args.scene_dim, self.args.motion_dim], 1)
         scene = self.place.expand(len(z), -1, -1)
         if self.args.fdm_sees == "frame":
-            scene = scene + self.see(to_float(first)).flatten(2).transpose(1, 2)
+            scene = scene + self.project(to_float(first)).flatten(2).transpose(1, 2)
         scene = torch.cat([scene, self.read_scene(z_scene)[:, None]], 1)
         motion = torch.cat([self.slots.expand(len(z), -1, -1), self.read_motion(z_motion)[:, None]], 1)
         for of_scene, of_motion in zip(self.scene, self.motion):
@@ -243,41 +244,45 @@ class Student(nn.Module):
         self.backbone = make_backbone(domain, args, 1)
         self.to_latents = Latents(self.backbone.width, args)
 
-    def forward(
-        self, first: Tensor, task: Tensor, subtask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        states, logits, targets = self.backbone(first[:, None], task, subtask)
-        return self.to_latents(states), logits, targets
+    def latents(self, first: Tensor, task: Tensor) -> Tensor:
+        """The teacher's latents as predicted, (B, scene_dim + motion_dim), of frames (B, 3, H, W) uint8."""
+        states, _, _ = self.backbone(first[:, None], task)
+        return self.to_latents(states)
+
+    def words(self, first: Tensor, task: Tensor, subtask: Tensor) -> tuple[Tensor, Tensor]:
+        """Next-token logits (B, T, words) along the sub-task, and its words (B, T), -100 past their end."""
+        _, logits, targets = self.backbone(first[:, None], task, subtask)
+        return logits, targets
 
 
 class Expert(nn.Module):
-    """What the student says -> a chunk of actions: flow matching for motion, levels for the gripper."""
+    """The student's latents -> a chunk of actions: flow matching for the arm, levels for the gripper."""
 
     def __init__(self, student: Student, domain: Domain, args: Args):
         super().__init__()
         self.student, self.euler_steps = student, args.euler_steps
-        dims, motion = args.scene_dim + args.motion_dim, args.span * (domain.action_dim - 1)
-        self.register_buffer("said_mean", torch.zeros(dims))  # of labelled frames, set before training
-        self.register_buffer("said_std", torch.ones(dims))
-        self.told = slice(0, dims)
+        dims, arm_dim = args.scene_dim + args.motion_dim, args.span * (domain.action_dim - 1)
+        self.register_buffer("latent_mean", torch.zeros(dims))  # of labelled frames, set before training
+        self.register_buffer("latent_std", torch.ones(dims))
+        self.sees = slice(0, dims)
         if args.expert_sees == "motion":
-            self.told, dims = slice(args.scene_dim, dims), args.motion_dim
-        self.flow = mlp(motion + dims + 1, 2 * args.width, motion)
+            self.sees, dims = slice(args.scene_dim, dims), args.motion_dim
+        self.flow = mlp(arm_dim + dims + 1, 2 * args.width, arm_dim)
         self.gripper = mlp(dims, 2 * args.width, args.span)
         self.register_buffer("low", torch.zeros(domain.action_dim))
         self.register_buffer("scale", torch.ones(domain.action_dim))
         self.register_buffer("levels", torch.zeros(2))
 
-    def set_scale(self, windows: Windows, said: Tensor, args: Args) -> None:
-        """said: (N, D) by the student, of labelled frames."""
+    def set_scale(self, windows: Windows, predicted: Tensor, args: Args) -> None:
+        """predicted: the student's latents (N, D) of labelled frames."""
         for name in ("low", "scale", "levels"):
             getattr(self, name).copy_(torch.from_numpy(getattr(windows, name)))
-        self.said_mean.copy_(said.mean(0))
-        self.said_std.copy_(scale_of(said, args) + 1e-6)
+        self.latent_mean.copy_(predicted.mean(0))
+        self.latent_std.copy_(scale_of(predicted, args) + 1e-6)
 
-    def hear(self, said: Tensor) -> Tensor:
-        """What is told to the expert of what the student says, standardised."""
-        return ((said.float() - self.said_mean) / self.said_std)[:, self.told]
+    def condition(self, predicted: Tensor) -> Tensor:
+        """What the expert sees: the student's latents standardised, of them those of --expert-sees."""
+        return ((predicted.float() - self.latent_mean) / self.latent_std)[:, self.sees]
 
     def velocity(self, z: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """z (B, D), noisy (B, span, A - 1), time (B, 1) -> (B, span, A - 1)"""
@@ -285,13 +290,13 @@ class Expert(nn.Module):
 
     def act(self, z: Tensor, noise: Tensor) -> Tensor:
         """Actions (B, span, A) from noise (B, span, A - 1) by Euler steps of the flow."""
-        motion = noise
+        arm = noise
         for step in range(self.euler_steps):
             time = torch.full((len(z), 1), step / self.euler_steps, device=z.device)
-            motion = motion + self.velocity(z, motion, time) / self.euler_steps
+            arm = arm + self.velocity(z, arm, time) / self.euler_steps
         upper = (self.gripper(z) > 0).long()
-        motion = (motion + 1) * self.scale[:-1] + self.low[:-1]
-        return torch.cat([motion, self.levels[upper][..., None]], 2)
+        arm = (arm + 1) * self.scale[:-1] + self.low[:-1]
+        return torch.cat([arm, self.levels[upper][..., None]], 2)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -305,8 +310,8 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
     """Stage 1: latents from which the decoder predicts the target's change and, if labelled, actions.
 
-    Returns those of all windows, `data.transitions`, as the student is to say them: centred, each latent in
-    its natural scale up to one factor. (N, scene_dim + motion_dim)
+    Returns those of all windows, `data.transitions`, as the student is to predict them: centred, each latent
+    in its natural scale up to one factor. (N, scene_dim + motion_dim)
     """
     torch.manual_seed(args.seed)
     data, span = windows.data, args.span
@@ -314,10 +319,11 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
     optimizer, schedule = one_cycle(teacher, args.lr, args.weight_decay, args.teacher_updates)
 
     for step in run.steps("teacher", teacher, optimizer, schedule, args.teacher_updates):
-        t = rows = step.rng.choice(data.train, args.batch_size * 3 // 4)[run.share]
+        t = step.rng.choice(data.train, args.batch_size * 3 // 4)[run.share]
+        rows = t
         if args.action_weight:
-            labelled = step.rng.choice(windows.whole, args.batch_size // 4)[run.share]
-            rows = np.concatenate([t, labelled])  # behind t: those with actions
+            labelled = step.rng.choice(windows.chunk_rows, args.batch_size // 4)[run.share]
+            rows = np.concatenate([t, labelled])
         shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
         frames = shift(windows.frames(rows).flatten(1, 2)).unflatten(1, (args.frames, 3))
         change = (data.target(t + span) - data.target(t) - teacher.change_mean) / teacher.change_std
@@ -329,16 +335,16 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
             error = (predicted[: len(t)] - change) ** 2
             if args.target == "masked":
                 robot = shift(data.segment(t + span, "robot"))
-                error = error * (robot / average(robot.mean()).clamp_min(1e-6))
+                error = error * (robot / mean_over_ranks(robot.mean()).clamp_min(1e-6))  # mean over the robot
             target_loss = error.mean()
             loss = target_loss
             if args.action_weight:
-                motion, gripper = windows.chunk(labelled)
+                arm, gripper = windows.chunk(labelled)
                 actions = actions[len(t) :]
-                motion_loss = F.mse_loss(actions[:, :, :-1], motion)
+                arm_loss = F.mse_loss(actions[:, :, :-1], arm)
                 gripper_loss = F.binary_cross_entropy_with_logits(actions[:, :, -1].float(), gripper)
-                loss = loss + args.action_weight * (motion_loss + gripper_loss)
-                step.log(motion_loss=motion_loss, gripper_loss=gripper_loss)
+                loss = loss + args.action_weight * (arm_loss + gripper_loss)
+                step.log(arm_loss=arm_loss, gripper_loss=gripper_loss)
         optimizer.zero_grad()
         loss.backward()
         average_gradients(teacher)
@@ -346,8 +352,10 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         schedule.step()
         step.log(loss=loss, target_loss=target_loss)
 
-    path, stored, measured = run.folder / "latents.bin", None, {}  # a large backbone takes hours for them
-    if run.finished("teacher"):
+    # the latents of all windows are kept: with a large backbone they take hours
+    path = run.folder / "latents.bin"
+    stored, measured = None, {}
+    if run.restored("teacher"):
         stored = load_checkpoint(path, run.identity, run.device)
     if stored:
         z = stored["z"]
@@ -355,15 +363,15 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         z = encode(run, teacher, windows)
         if RANK == 0:
             save_checkpoint(path, {"z": z, "identity": run.identity})
-    if not run.finished("teacher"):
-        measured = measure(z, windows, args)
+    if not run.restored("teacher"):
+        measured = measure_teacher(z, windows, args)
     run.finish("teacher", **measured)
-    trained = z[data.among(data.train)]
+    trained = z[data.position(data.train)]
     return (z - trained.mean(0)) / scale_of(trained, args)
 
 
 def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None) -> Student:
-    """Stage 2: the teacher's latents, if any, and the sub-task in words, from first frame and instruction."""
+    """Stage 2: the teacher's latents, if any, and the sub-task's words, from first frame and instruction."""
     data = windows.data
     torch.manual_seed(args.seed + 1)
     student = Student(windows.domain, args).to(run.device)
@@ -374,18 +382,18 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
     for step in run.steps("student", student, optimizer, schedule, args.student_updates):
         loss = 0
         t = step.rng.choice(data.train, args.batch_size)[run.share]
-        text_rows = step.rng.choice(windows.said, args.batch_size // 4)[run.share]
+        text_rows = step.rng.choice(windows.text_rows, args.batch_size // 4)[run.share]
         shift = run.draw_shift(step.rng, args.batch_size, args.max_shift)
         with run.autocast():
             if latents is not None:
-                said, _, _ = student(shift(data.frame(t)), windows.task(t))
-                latent_loss, divergence = distillation(said, latents[data.among(t)], args)
+                predicted = student.latents(shift(data.frame(t)), windows.task(t))
+                latent_loss, divergence = distillation(predicted, latents[data.position(t)], args)
                 loss = loss + latent_loss + divergence
                 step.log(latent_loss=latent_loss, divergence=divergence)
             if windows.domain.subtasks:
                 first = shift(data.frame(text_rows))
                 words = windows.task(text_rows), windows.subtask_of(text_rows)
-                _, logits, targets = student(first, *words)
+                logits, targets = student.words(first, *words)
                 text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
                 loss = loss + TEXT_WEIGHT * text_loss
                 step.log(text_loss=text_loss)
@@ -397,24 +405,24 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
         step.log(loss=loss)
 
     measured = {}
-    if not run.finished("student"):
-        measured = distilled(student, windows, args, latents)
+    if not run.restored("student"):
+        measured = measure_student(student, windows, args, latents)
         measured |= attended(student.backbone, windows, run.folder / "attention.png")
     run.finish("student", **measured)
     return student
 
 
-def distillation(said: Tensor, wanted: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Squared error of latents (B, D), and KL(p(said) || p(wanted)) of their softmax, mean over latents."""
+def distillation(predicted: Tensor, wanted: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Squared error of latents (B, D), KL(p(predicted) || p(wanted)) of their softmax; mean over latents."""
     errors, divergences = [], []
-    for mine, of_teacher in zip(parts_of(said.float(), args).values(), parts_of(wanted, args).values()):
+    for mine, of_teacher in zip(parts_of(predicted.float(), args).values(), parts_of(wanted, args).values()):
         errors.append(F.mse_loss(mine, of_teacher))
         divergences.append(F.kl_div(of_teacher.log_softmax(1), mine.softmax(1), reduction="batchmean"))
     return sum(errors) / len(errors), sum(divergences) / len(divergences)
 
 
 def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Expert:
-    """Stage 3: actions of the labelled episodes by flow matching on what the student says."""
+    """Stage 3: actions of the labelled episodes by flow matching on the student's latents."""
     data, budget = windows.data, args.labelled_episodes[0]
     torch.manual_seed(args.seed + 2)
     trains = args.latents == "none" or args.student == "trains"
@@ -423,33 +431,32 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     rows = np.tile(windows.labelled, max(1, min(COPIES, 50_000 // len(windows.labelled))))
     shifts = np.random.default_rng([args.seed, 4]).integers(0, 2 * args.max_shift + 1, (len(rows), 2))
 
-    def say(pick: np.ndarray) -> Tensor:
+    def predict(pick: np.ndarray) -> Tensor:
         first = random_shift(data.frame(rows[pick]), run.tensor(shifts[pick]), args.max_shift)
         with run.autocast():
-            said, _, _ = expert.student(first, windows.task(rows[pick]))
-        return said.float()
+            return expert.student.latents(first, windows.task(rows[pick])).float()
 
     some = np.arange(len(rows))
-    if trains:  # what it says will change: for the scale alone
+    if trains:  # its latents will change: for the scale alone
         some = thinned(some)
     with torch.no_grad():
-        said = torch.cat([say(part) for part in chunks(some)])
-    expert.set_scale(windows, said, args)
+        predicted = torch.cat([predict(part) for part in chunks(some)])
+    expert.set_scale(windows, predicted, args)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
 
     stage = f"expert_{budget}"
     for step in run.steps(stage, expert, optimizer, schedule, args.expert_updates):
         pick = step.rng.integers(len(rows), size=args.batch_size)[run.share]
-        motion, gripper = windows.chunk(rows[pick])
-        noise = step.rng.standard_normal((args.batch_size, *motion.shape[1:]), np.float32)[run.share]
+        arm, gripper = windows.chunk(rows[pick])
+        noise = step.rng.standard_normal((args.batch_size, *arm.shape[1:]), np.float32)[run.share]
         time = step.rng.random((args.batch_size, 1), np.float32)[run.share]
         noise, time = run.tensor(noise), run.tensor(time)
-        z = expert.hear(say(pick) if trains else said[run.tensor(pick)])
-        said_noise = step.rng.standard_normal((args.batch_size, z.shape[1]), np.float32)[run.share]
-        z = z + SAID_NOISE * run.tensor(said_noise)
-        noisy = (1 - time[..., None]) * noise + time[..., None] * motion
-        flow_loss = F.mse_loss(expert.velocity(z, noisy, time), motion - noise)
+        z = expert.condition(predict(pick) if trains else predicted[run.tensor(pick)])
+        latent_noise = step.rng.standard_normal((args.batch_size, z.shape[1]), np.float32)[run.share]
+        z = z + LATENT_NOISE * run.tensor(latent_noise)
+        noisy = (1 - time[..., None]) * noise + time[..., None] * arm
+        flow_loss = F.mse_loss(expert.velocity(z, noisy, time), arm - noise)
         gripper_loss = F.binary_cross_entropy_with_logits(expert.gripper(z), gripper)
         loss = flow_loss + gripper_loss
         optimizer.zero_grad()
@@ -460,7 +467,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
         step.log(loss=loss, flow_loss=flow_loss, gripper_loss=gripper_loss)
 
     measured = {}
-    if not run.finished(stage):
+    if not run.restored(stage):
         actor = ChunkActor(expert, data.tasks, run.device)
         measured["policy_nmse"] = data.policy_nmse(partial(first_actions, actor, data))
     run.finish(stage, **measured)
@@ -499,40 +506,43 @@ def scale_of(z: Tensor, args: Args) -> Tensor:
     return torch.cat([common_std(part).expand(part.shape[1]) for part in parts_of(z, args).values()])
 
 
-def measure(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | None]:
+def measure_teacher(latents: Tensor, windows: Windows, args: Args) -> dict[str, float | None]:
     """Action (mean over the chunk) and leak probes of each latent, a task at a time, mean over tasks."""
-    found = []
-    for probes, *splits in windows.data.probes():
-        train, held_out = (parts_of(latents[windows.data.among(rows)], args) for rows in splits)
-        of_task = {}
+    data, found = windows.data, []
+    for of_task, *splits in data.probes():
+        train, held_out = (parts_of(latents[data.position(rows)], args) for rows in splits)
+        probed = {}
         for name in train:
-            measured = probes.measure(*(z[name].double().cpu().numpy() for z in (train, held_out)))
-            of_task |= {f"{name}_{probe}": measured[probe] for probe in PROBES}
-        found.append(of_task)
+            measured = of_task.measure(*(z[name].double().cpu().numpy() for z in (train, held_out)))
+            probed |= {f"{name}_{probe}": measured[probe] for probe in PROBES}
+        found.append(probed)
     measured, (budget,) = mean_over_tasks(found), args.labelled_episodes
     for name, part in parts_of(latents, args).items():
-        read = partial(lambda part, rows: part[windows.data.among(rows)], part)
-        labelled = windows.data.probe_labelled(read, (budget,))
+        latents_of = partial(lambda part, rows: part[data.position(rows)], part)
+        labelled = data.probe_labelled(latents_of, (budget,))
         measured[f"{name}_labelled_probe_nmse"] = labelled[budget]
     return measured
 
 
 @torch.no_grad()
-def distilled(student: Student, windows: Windows, args: Args, latents: Tensor | None) -> dict[str, float]:
+def measure_student(
+    student: Student, windows: Windows, args: Args, latents: Tensor | None
+) -> dict[str, float]:
     """On held-out episodes: R^2 of the teacher's latents; loss and accuracy of a sub-task's words."""
     student.eval()
     data, result = windows.data, {}
     if latents is not None:
         found = []
         for rows in data.by_task(data.held_out):
-            said = torch.cat([student(data.frame(part), windows.task(part))[0] for part in chunks(rows)])
-            wanted = parts_of(latents[data.among(rows)].cpu().numpy(), args)
-            pairs = zip(wanted.items(), parts_of(said.float().cpu().numpy(), args).values())
+            predicted = [student.latents(data.frame(part), windows.task(part)) for part in chunks(rows)]
+            wanted = parts_of(latents[data.position(rows)].cpu().numpy(), args)
+            guesses = parts_of(torch.cat(predicted).float().cpu().numpy(), args)
+            pairs = zip(wanted.items(), guesses.values())
             found.append({f"{name}_said_r2": r2_score(truth, guess) for (name, truth), guess in pairs})
         result |= mean_over_tasks(found)
     losses, right = [], []
     for part in chunks(windows.named(data.held_out)):
-        _, logits, targets = student(data.frame(part), windows.task(part), windows.subtask_of(part))
+        logits, targets = student.words(data.frame(part), windows.task(part), windows.subtask_of(part))
         logits, targets = logits[targets >= 0], targets[targets >= 0]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         right.append((logits.argmax(1) == targets).float())
@@ -560,8 +570,8 @@ class ChunkActor:
         shape = self.expert.gripper[-1].out_features, len(self.expert.low) - 1
         noise = np.stack([np.random.default_rng(key).standard_normal(shape, np.float32) for key in keys])
         number = torch.full((len(first),), self.tasks.index(task), device=self.device)
-        said, _, _ = self.expert.student(first, number)
-        actions = self.expert.act(self.expert.hear(said), torch.from_numpy(noise).to(self.device))
+        z = self.expert.condition(self.expert.student.latents(first, number))
+        actions = self.expert.act(z, torch.from_numpy(noise).to(self.device))
         return actions.clamp(-1, 1).cpu().numpy()
 
 
@@ -577,11 +587,13 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
 
 def default_variant(args: Args, data: Dataset) -> str:
     """latbot, latbot-oracle, latbot-text-all, split, actions, undivided, no-latents, ..., -clean-data."""
-    names = {("split", True): "latbot", ("split", False): "split", ("undivided", True): "actions"}
-    name = names.get((args.latents, args.action_weight > 0), "undivided")
     teacher, embedding = args.latents != "none", data.embedding or {"name": ""}
     if not teacher:
         name = "no-latents"
+    elif args.action_weight:
+        name = {"split": "latbot", "undivided": "actions"}[args.latents]
+    else:  # of frames alone
+        name = args.latents
     parts = {
         f"-{embedding['name']}": teacher and args.target == "embedding",
         f"-{args.target}": teacher and args.target in ("clean", "masked"),
@@ -660,11 +672,11 @@ def main(args: Args) -> None:
         if args.export:
             windows.data.export_latents(latents, run.folder / "latents.parquet")
 
-    # stage 2: the same from the first frame and the instruction alone, and the sub-task in words
+    # stage 2: the same from the first frame and the instruction alone, and the sub-task's words
     if "student" in args.stages or "expert" in args.stages:
         student = train_student(run, windows, args, latents)
 
-    # stage 3: actions from what the student says, learnt from the labelled episodes
+    # stage 3: actions from the student's latents, learnt from the labelled episodes
     if "expert" in args.stages:
         train_expert(run, windows, args, student)
     summarise(run, windows, args)

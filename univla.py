@@ -59,11 +59,11 @@ class Args:
     clone_as: Literal["latent", "code"] = "latent"
     """the policy regresses the latents before they are quantised, or predicts the codes"""
     labelled_episodes: tuple[str, ...] = ("4",)
-    """label budgets: episodes a task whose true actions may be used, or `all`; each has its decoder"""
+    """label budgets: episodes per task whose true actions may be used, or `all`; each has its decoder"""
     frame_gap: int = 1
     """steps between the two frames of a transition"""
     codes: int = 4
-    """codes a transition, task-irrelevant and task-centric each"""
+    """codes per transition, in each of the two sets"""
     codebook: int = 16
     """entries of a codebook"""
     code_dim: int = 128
@@ -79,7 +79,7 @@ class Args:
     lam_updates: int = 1000
     """updates of stage 1, and of stage 2"""
     lam_batch: int = 64
-    """transitions an update of stages 1 and 2"""
+    """transitions per update of stages 1 and 2"""
     lam_lr: float = 1e-3
     """peak learning rate of stages 1 and 2, AdamW under a one-cycle schedule"""
     widths: tuple[int, ...] = (32, 64)
@@ -93,7 +93,7 @@ class Args:
     decoder_updates: int = 2500
     """updates of the action decoder"""
     batch_size: int = 128
-    """frames an update of policy and action decoder"""
+    """frames per update of policy and action decoder"""
     lr: float = 1e-3
     """peak learning rate of the policy"""
     decoder_lr: float = 1e-3
@@ -170,7 +170,7 @@ def places(*shape: int) -> nn.Parameter:
 class Encoder(nn.Module):
     """Inverse model: tokens of o_t, o_{t+k}, their change (B, N, D) -> states of the queries (B, Q, width).
 
-    Causal in time: the instruction sees itself, o_t it and itself, o_{t+k} both, the queries everything.
+    Block-causal in the order instruction, o_t, o_{t+k}, queries: each sees itself and those before.
     """
 
     def __init__(self, tokens: Tokens, args: Args):
@@ -228,12 +228,12 @@ class LAM(nn.Module):
         super().__init__()
         for name, value in tokens.statistics().items():  # mean, std, change_mean, change_std
             self.register_buffer(name, value)
-        self.tokens = [tokens]  # a list hides it from the checkpoint
+        self.tokens = tokens  # no module, so not in the checkpoint
         sets = ("ti",) if stage_1 is None else ("ti", "tc")
         self.encoder = Encoder(tokens, args)
         self.decoder = TokenDecoder(tokens, args, sets)
         self.queries = nn.ParameterDict({name: places(args.codes, args.width) for name in sets})
-        self.heads = nn.ModuleDict({name: nn.Linear(args.width, args.code_dim) for name in sets})
+        self.to_latents = nn.ModuleDict({name: nn.Linear(args.width, args.code_dim) for name in sets})
         self.books = nn.ModuleDict({name: Codebook(args.codebook, args.code_dim) for name in sets})
         self.instruction = None
         if stage_1 is not None:
@@ -244,25 +244,25 @@ class LAM(nn.Module):
         elif args.text != "none":
             self.instruction = Instruction(tokens, args.width)
 
-    def read(self, rows: np.ndarray) -> Tensor:
+    def embed_instruction(self, rows: np.ndarray) -> Tensor:
         """The instruction's tokens (B, L, width) of each row; L = 0 without one."""
         if self.instruction is None:
             return self.mean.new_zeros(len(rows), 0, self.encoder.project.out_features)
-        return self.instruction(self.tokens[0].text(rows))
+        return self.instruction(self.tokens.text(rows))
 
-    def see(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    def observe(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D)."""
-        (tokens,) = self.tokens
-        now, after = tokens.patches(rows), tokens.patches(rows + tokens.data.frame_gap)
+        future = rows + self.tokens.data.frame_gap
+        now, after = self.tokens.patches(rows), self.tokens.patches(future)
         change = (after - now - self.change_mean) / self.change_std
         return (now - self.mean) / self.std, (after - self.mean) / self.std, change
 
     def latents(self, now: Tensor, after: Tensor, change: Tensor, instruction: Tensor) -> dict[str, Tensor]:
         """{"ti", "tc": (B, codes, code_dim)} before quantisation, float32."""
-        queries = torch.cat([self.queries[name] for name in self.heads])  # a ParameterDict sorts its names
-        states = self.encoder(now, after, change, queries, instruction).float().chunk(len(self.heads), 1)
+        queries = torch.cat([self.queries[name] for name in self.to_latents])  # not values(), which sorts
+        states = self.encoder(now, after, change, queries, instruction).float().chunk(len(self.queries), 1)
         with torch.autocast(now.device.type, enabled=False):  # codes are not to depend on the arithmetic
-            latents = {name: head(state) for (name, head), state in zip(self.heads.items(), states)}
+            latents = {name: head(state) for (name, head), state in zip(self.to_latents.items(), states)}
             if "tc" in latents:
                 latents["ti"] = self.norm(latents["ti"])
         return latents
@@ -288,16 +288,16 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 
     for step in run.steps(stage, lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(tokens.data.train, args.lam_batch)[run.share]
-        now, after, change = lam.see(t)
+        now, after, change = lam.observe(t)
         with run.autocast():
-            instruction = lam.read(t)
+            instruction = lam.embed_instruction(t)
             latents = lam.latents(now, after, change, instruction)
             if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
-                entries, codebook_loss, commitment_loss = latents, 0, 0
-                share = torch.zeros(args.codes, args.codebook, device=run.device)
+                entries, codebook_loss, commitment_loss = latents, *torch.zeros(2, device=run.device)
+                usage = torch.zeros(args.codes, args.codebook, device=run.device)
             else:
                 entries, codebook_loss, commitment_loss = lam.quantise(latents)
-                share = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
+                usage = shares(lam.books[stage].nearest(latents[stage]), args.codebook)
             fdm_loss = F.mse_loss(lam.decoder(now, entries, instruction), change)
             loss = fdm_loss + codebook_loss + 0.25 * commitment_loss
         optimizer.zero_grad()
@@ -307,12 +307,12 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
         optimizer.step()
         schedule.step()
         if step.update < LAST_RESTART * args.lam_updates:
-            lam.books[stage].restart(latents[stage], share)
+            lam.books[stage].restart(latents[stage], usage)
         step.log(loss=loss, fdm_loss=fdm_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss)
-        step.log(perplexity=perplexity(share).mean(), unused=(share.sum(0) == 0).sum())
+        step.log(perplexity=perplexity(usage).mean(), unused=(usage.sum(0) == 0).sum())
 
     measured = {}
-    if not run.finished(stage):
+    if not run.restored(stage):
         measured = measure(lam, args)
     run.finish(stage, **measured)
     return lam
@@ -322,7 +322,7 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
 def encode(lam: LAM, rows: np.ndarray) -> dict[str, Tensor]:
     """`LAM.latents` of the transitions rows -> rows + frame_gap, (N, codes, code_dim) each."""
     lam.eval()
-    found = [lam.latents(*lam.see(part), lam.read(part)) for part in chunks(rows)]
+    found = [lam.latents(*lam.observe(part), lam.embed_instruction(part)) for part in chunks(rows)]
     return {name: torch.cat([latents[name] for latents in found]) for name in lam.books}
 
 
@@ -333,18 +333,18 @@ def measure(lam: LAM, args: Args) -> dict[str, float | None]:
     if the set's codes are those of another transition of the task.
     """
     measured = []
-    for probes, *splits in lam.tokens[0].data.probes():
+    for of_task, *splits in lam.tokens.data.probes():
         train, held_out = (encode(lam, rows) for rows in splits)
-        of_task = gains(lam, splits[1], held_out)
+        found = gains(lam, splits[1], held_out)
         for name, book in lam.books.items():
             pairs = {name: (train[name], held_out[name])}
             pairs[f"{name}_quantised"] = tuple(book.entries[book.nearest(z)].detach() for z in pairs[name])
             for kind, pair in pairs.items():
-                probed = probes.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
-                of_task |= {f"{kind}_{probe}": probed[probe] for probe in PROBES}
-            share = shares(book.nearest(held_out[name]), args.codebook)
-            of_task[f"{name}_perplexity"] = float(perplexity(share).mean())
-        measured.append(of_task)
+                probed = of_task.measure(*(z.flatten(1).double().cpu().numpy() for z in pair))
+                found |= {f"{kind}_{probe}": probed[probe] for probe in PROBES}
+            usage = shares(book.nearest(held_out[name]), args.codebook)
+            found[f"{name}_perplexity"] = float(perplexity(usage).mean())
+        measured.append(found)
     return mean_over_tasks(measured)
 
 
@@ -357,9 +357,9 @@ def gains(lam: LAM, rows: np.ndarray, latents: dict[str, Tensor]) -> dict[str, f
     def loss(entries: dict[str, Tensor]) -> float:
         total = 0.0
         for part in chunks(np.arange(len(rows))):
-            now, _, change = lam.see(rows[part])
+            now, _, change = lam.observe(rows[part])
             codes = {name: found[part] for name, found in entries.items()}
-            error = lam.decoder(now, codes, lam.read(rows[part])) - change
+            error = lam.decoder(now, codes, lam.embed_instruction(rows[part])) - change
             total += float(error.square().mean((1, 2)).sum())
         return total / len(rows)
 
@@ -368,8 +368,8 @@ def gains(lam: LAM, rows: np.ndarray, latents: dict[str, Tensor]) -> dict[str, f
     return {f"{name}_gain": value / whole - 1 for name, value in shuffled.items()}
 
 
-def what_to_clone(lam: LAM, rows: np.ndarray, args: Args, kind: str) -> Tensor:
-    """What a policy may say (N, D) at the rows: kind latent, or code, one-hot."""
+def latents_or_codes(lam: LAM, rows: np.ndarray, args: Args, kind: str) -> Tensor:
+    """Of the cloned set, kind latent: (N, codes * code_dim); kind code: one-hot, (N, codes * codebook)."""
     latents = encode(lam, rows)[args.cloned]
     if kind == "code":
         codes = lam.books[args.cloned].nearest(latents)
@@ -379,7 +379,7 @@ def what_to_clone(lam: LAM, rows: np.ndarray, args: Args, kind: str) -> Tensor:
 
 def policy_targets(lam: LAM, data: Dataset, args: Args) -> Tensor:
     """The policy's targets (N, D) at the training rows; latents are centred and divided by one std."""
-    targets = what_to_clone(lam, data.train, args, args.clone_as)
+    targets = latents_or_codes(lam, data.train, args, args.clone_as)
     if args.clone_as == "latent":
         targets = (targets - targets.mean(0)) / common_std(targets)
     return targets
@@ -446,7 +446,7 @@ def open_run(args: Args) -> tuple[Run, Tokens]:
     data = Dataset(args.data, args.tasks, frame_gap=args.frame_gap, **split, device=device)
     if data.action_dim is not None:
         for budget in args.labelled_episodes:
-            data.labelled(budget)
+            data.labelled(budget)  # refuses one that the data do not have
     args.tasks = data.tasks
     args.variant = args.variant or default_variant(args, data)
     args.out = args.out or default_folder(args.variant, args.tasks, args.seed, args.data)
@@ -467,9 +467,9 @@ def summarise(run: Run, data: Dataset, args: Args, lam: LAM) -> None:
     probes = {name: measured.get(f"{args.cloned}_{name}") for name in PROBES}
     if data.action_dim is not None and args.cloned in lam.books:
         for kind in ("latent", "code"):  # which to clone
-            read = partial(what_to_clone, lam, args=args, kind=kind)
+            latents_of = partial(latents_or_codes, lam, args=args, kind=kind)
             budgets = run.budgets(*args.labelled_episodes)
-            probes[f"labelled_probe_nmse_{kind}"] = data.probe_labelled(read, budgets)
+            probes[f"labelled_probe_nmse_{kind}"] = data.probe_labelled(latents_of, budgets)
     run.summarise(stage_1 | measured | probes | names | data.record())
     for name, value in (stage_1 | measured).items():
         if RANK == 0 and name.endswith("perplexity") and value < 1.5:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.device import average, from_rank_0
+from common.device import from_rank_0, mean_over_ranks
 
 MOMENTUM = 0.1  # weight of a batch in running means
 RESTART = 20  # updates after which an entry that was never chosen is replaced
@@ -65,8 +65,8 @@ class LatentNorm(nn.Module):
         mean, std = self.mean, self.std
         if self.training:
             mean, std = moments(z)
-            self.mean.lerp_(average(mean.detach()), MOMENTUM)
-            self.std.lerp_(average(std.detach()), MOMENTUM)
+            self.mean.lerp_(mean_over_ranks(mean.detach()), MOMENTUM)
+            self.std.lerp_(mean_over_ranks(std.detach()), MOMENTUM)
         return (z - mean) / std * self.to_std + self.to_mean
 
 
@@ -78,7 +78,7 @@ def moments(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def shares(codes: Tensor, codebook: int) -> Tensor:
     """How often each code (B, codes) is each entry, (codes, entries), over all ranks."""
-    return average(F.one_hot(codes, codebook).float().mean(0))
+    return mean_over_ranks(F.one_hot(codes, codebook).float().mean(0))
 
 
 def perplexity(share: Tensor) -> Tensor:

@@ -151,25 +151,26 @@ class Dataset:
                 fail(
                     f"{self.root} has {episodes} episode of {task}; at least 2 are needed, one for the probes"
                 )
-            held_out = held_out_episodes(episodes, probe_fraction)
-            train = episodes - held_out
-            if train_episodes > train:
-                fail(f"--train-episodes {train_episodes} are more than the {train} of {task} in {self.root}")
-            first_held_out.append(train)
-            self.n_train.append(train_episodes or train)
-            self.n_held_out.append(held_out)
+            n_held_out = held_out_episodes(episodes, probe_fraction)
+            n_train = episodes - n_held_out
+            if train_episodes > n_train:
+                there = f"the {n_train} of {task} in {self.root}"
+                fail(f"--train-episodes {train_episodes} are more than {there}")
+            first_held_out.append(n_train)
+            self.n_train.append(train_episodes or n_train)
+            self.n_held_out.append(n_held_out)
             self.label_order.append(np.random.default_rng([seed, 7]).permutation(self.n_train[-1]))
-        trains = self.episode < np.array(self.n_train)[self.task]
-        held_out = self.episode >= np.array(first_held_out)[self.task]
+        is_train = self.episode < np.array(self.n_train)[self.task]
+        is_held_out = self.episode >= np.array(first_held_out)[self.task]
         rows = np.arange(len(self.episode))
-        moves = rows + self.frame_gap <= self.last
-        self.transitions = np.flatnonzero(moves)
-        self.train = np.flatnonzero(moves & trains)
-        self.held_out = np.flatnonzero(moves & held_out)
-        self.held_out_actions = np.flatnonzero((rows < self.last) & held_out)
+        has_next = rows + self.frame_gap <= self.last
+        self.transitions = np.flatnonzero(has_next)
+        self.train = np.flatnonzero(has_next & is_train)
+        self.held_out = np.flatnonzero(has_next & is_held_out)
+        self.held_out_actions = np.flatnonzero((rows < self.last) & is_held_out)
         for index, task in enumerate(self.tasks):
-            for rows in (self.train, self.held_out):
-                if not (self.task[rows] == index).any():
+            for part in (self.train, self.held_out):
+                if not (self.task[part] == index).any():
                     fail(f"{self.root} has no episodes of {task} longer than a gap of {self.frame_gap} steps")
 
     def describe(self) -> str:
@@ -194,7 +195,7 @@ class Dataset:
         }
 
     def labelled(self, budget: str) -> np.ndarray:
-        """Rows t, with a true action, of a label budget: a number of training episodes a task, or `all`."""
+        """Rows t, with a true action, of a label budget: a number of training episodes per task, or `all`."""
         most = min(self.n_train)
         if budget != "all" and not (budget.isdecimal() and 1 <= int(budget) <= most):
             valid = f"`all` or a number from 1 to {most} (episodes to train on)"
@@ -206,8 +207,8 @@ class Dataset:
             chosen |= (self.task[rows] == task) & np.isin(self.episode[rows], order[:count])
         return rows[chosen]
 
-    def among(self, rows: np.ndarray) -> Tensor:
-        """Where transitions stand among `transitions`, on the device."""
+    def position(self, rows: np.ndarray) -> Tensor:
+        """Where transitions `rows` stand in `transitions`, on the device. (N,) int64"""
         return torch.from_numpy(np.searchsorted(self.transitions, rows)).to(self.device)
 
     def column(self, name: str, rows: np.ndarray) -> Tensor:

@@ -70,7 +70,7 @@ def average_gradients(module: nn.Module) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def average(value: Tensor) -> Tensor:
+def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a tensor over the ranks, without a gradient."""
     if WORLD == 1:
         return value
@@ -104,7 +104,7 @@ class Means:
 
     def take(self) -> dict[str, float | list | None]:
         """The row; the next one starts empty."""
-        row = {name: float(average(total)) / self.counts[name] for name, total in self.sums.items()}
+        row = {name: float(mean_over_ranks(total)) / self.counts[name] for name, total in self.sums.items()}
         row |= self.plain
         self.sums, self.counts, self.plain = {}, {}, {}
         return row

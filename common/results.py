@@ -129,7 +129,7 @@ def read_bridge(out: Path) -> dict[str, dict]:
 
 
 def row_key(row: dict) -> tuple:
-    return row["task"], budget_order(row["labelled"]), int(row["eval_seed"]), int(row["episode"])
+    return row["task"], row["labelled"], int(row["eval_seed"]), int(row["episode"])
 
 
 def parse_rollouts(text: str) -> dict[tuple, dict]:
@@ -180,7 +180,8 @@ def csv_text(columns: list[str], rows: list[dict]) -> str:
 
 
 def save_rollouts(run_dir: Path, rows: dict[tuple, dict]) -> None:
-    atomic_write(run_dir / "rollouts.csv", csv_text(COLUMNS, [rows[key] for key in sorted(rows)]))
+    ordered = sorted(rows, key=lambda key: (key[0], budget_order(key[1]), *key[2:]))
+    atomic_write(run_dir / "rollouts.csv", csv_text(COLUMNS, [rows[key] for key in ordered]))
 
 
 def film_path(run_dir: Path, task: str, labelled: str, seed: int, episode: int) -> Path:

@@ -56,7 +56,7 @@ class Step:
         self.values = {}
 
     def log(self, **values: Tensor | float | list | None) -> None:
-        """Scalars by name. A row has tensors' means over the updates since the last, and its own numbers."""
+        """Scalars by name. Log tensors: a row has their mean since the last one, and the last of a number."""
         self.values |= values
 
 
@@ -69,7 +69,7 @@ class Training:
     schedule: LRScheduler
     updates: int
     seconds: float
-    after: str = ""  # sha256 of the stage before
+    before: str = ""  # sha256 of the previous stage's weights
     sha256: str = ""  # of the weights, once finished
     finished: bool = False
     results: dict = field(default_factory=dict)
@@ -138,26 +138,27 @@ class Run:
     ) -> Iterator[Step]:
         """The updates of a stage that are still to do. After each one it logs, saves, and stops on NaN.
 
-        Each update logs a tensor `loss`; one that is not finite ends the run, the last good checkpoint stays.
-        The stage, a name without "_" but before a label budget, is finished only with `finish`, which the
-        script calls when it has done what follows the last update.
+        Each update logs a tensor `loss`; if it is not finite the run ends, the last good checkpoint stays.
+        stage: one of `stages`, or NAME_BUDGET of one of them; `finish` ends it, when the script has done what
+        follows the last update.
         """
         number = 1 + self.stages.index(stage.split("_")[0])
         training = Training(module, optimizer, schedule, updates, seconds=0.0)
         for name, earlier in self.training.items():
             if self.stages.index(name.split("_")[0]) + 1 < number:
-                training.after = earlier.sha256
+                training.before = earlier.sha256
         self.training[stage] = training
         start = self.resume(stage, training)
         if training.finished:
             return
         probe_every = max(LOG_EVERY, updates // PROBE_TIMES // LOG_EVERY * LOG_EVERY)
-        begun, earlier = time.time(), training.seconds
+        begun, seconds_before = time.time(), training.seconds
         means = Means()
         bar = tqdm(total=updates, initial=start, desc=stage, unit="update", mininterval=1, disable=RANK > 0)
         for update in range(start, updates):
             done = update + 1
             last = done == updates
+            # for what draws from torch: dropout, a codebook's restarts
             torch.manual_seed(1_000_003 * self.seed + 10**7 * number + update + 10**12 * RANK)
             rng = np.random.default_rng([self.seed, number, update])
             step = Step(update, rng, probe_due=last or done % probe_every == 0)
@@ -175,7 +176,7 @@ class Run:
                 fail(f"{stage}: the loss is {row['loss']} near update {done}; {kept}")
             bar.set_postfix(loss=f"{row['loss']:.3g}")
             seconds = time.time() - begun
-            training.seconds = earlier + seconds
+            training.seconds = seconds_before + seconds
             speed = {"lr": schedule.get_last_lr()[0], "updates_per_second": (done - start) / seconds}
             if RANK == 0:
                 self.log.write(stage, done, **row, **speed)
@@ -188,7 +189,7 @@ class Run:
         checkpoint = load_checkpoint(self.folder / f"{stage}.pt", self.identity, self.device)
         update = 0
         if checkpoint is not None:
-            if checkpoint.get("after", training.after) != training.after:
+            if checkpoint.get("after", training.before) != training.before:
                 why = "an earlier stage has changed since it was trained"
                 fail(f"{self.folder / stage}.pt: {why}; delete it and run again")
             training.module.load_state_dict(checkpoint["module"])
@@ -219,13 +220,14 @@ class Run:
             "parameters": sum(weight.numel() for weight in training.module.parameters()),
             "commit": self.commit,
             "finished": training.finished,
-            "after": training.after,
+            "after": training.before,
             "results": training.results,
             "identity": self.identity,
         }
         save_checkpoint(self.folder / f"{stage}.pt", content)
 
-    def finished(self, stage: str) -> bool:
+    def restored(self, stage: str) -> bool:
+        """Before `finish`: whether an earlier command did the stage; its checkpoint has what was measured."""
         return self.training[stage].finished
 
     def budgets(self, *more: str) -> list[str]:

@@ -35,10 +35,10 @@ class Windows:
         self.span = span
         self.offsets = np.linspace(0, span, frames).round().astype(int)
         self.labelled = data.labelled(budget)  # rows with an action
-        self.whole = np.intersect1d(self.labelled, data.train)  # rows with a whole chunk of them
-        if not len(self.whole):
+        self.chunk_rows = np.intersect1d(self.labelled, data.train)  # those with a whole chunk of them
+        if not len(self.chunk_rows):
             fail(f"no labelled episode of {data.root} is longer than --span {span}")
-        self.said = data.train if text == "all" else self.whole  # rows whose sub-task is learnt
+        self.text_rows = data.train if text == "all" else self.chunk_rows  # those whose sub-task is learnt
         subtasks = [] if text == "none" else self.name_subtasks()
         instructions = [data.meta["instructions"][task] for task in data.tasks]
         self.domain = Domain(data.size, data.action_dim, instructions, subtasks)
@@ -59,13 +59,13 @@ class Windows:
         now, later = (self.data.columns["states"][rows + ahead] for ahead in (0, self.span))
         names = np.full(len(self.data.task), "", dtype=object)
         names[rows] = [language_motion(*pair) for pair in zip(now, later)]
-        subtasks = sorted(set(names[self.said]))
+        subtasks = sorted(set(names[self.text_rows]))
         number = {name: index for index, name in enumerate(subtasks)}
         self.subtask = np.array([number.get(name, -1) for name in names])
         return subtasks
 
     def named(self, rows: np.ndarray) -> np.ndarray:
-        """Those of the rows whose sub-task is among those that the student learns to say."""
+        """Those of the rows whose sub-task is one that the student learns."""
         if not self.domain.subtasks:
             return rows[:0]
         return rows[self.subtask[rows] >= 0]
@@ -82,13 +82,13 @@ class Windows:
         return torch.from_numpy(self.subtask[rows]).to(self.data.device)
 
     def chunk(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Motion (B, span, A - 1) in quantiles, and the gripper (B, span): 1 on its upper level.
+        """The arm's actions (B, span, A - 1) in quantiles, and the gripper's (B, span): 1 on its upper level.
 
-        Behind an episode's last action that one is repeated.
+        Past the end of an episode its last action is repeated.
         """
         last = self.data.last[rows] - 1
         steps = np.minimum(rows[:, None] + np.arange(self.span), last[:, None])
         actions = self.data.columns["actions"][steps.reshape(-1)].reshape(*steps.shape, -1)
-        motion = ((actions - self.low) / self.scale - 1)[..., :-1].astype(np.float32)
+        arm = ((actions - self.low) / self.scale - 1)[..., :-1].astype(np.float32)
         gripper = (actions[..., -1] > self.middle).astype(np.float32)
-        return torch.from_numpy(motion).to(self.data.device), torch.from_numpy(gripper).to(self.data.device)
+        return torch.from_numpy(arm).to(self.data.device), torch.from_numpy(gripper).to(self.data.device)

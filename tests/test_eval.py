@@ -131,7 +131,7 @@ def lab(tmp_path, monkeypatch):
         exec(source, module := {})
         modules |= module
     monkeypatch.setattr(ev, "DistractingMetaWorld", modules["DistractingMetaWorld"])
-    monkeypatch.setattr(ev, "load_policy", modules["load_policy"])
+    monkeypatch.setattr(ev, "LOADERS", dict.fromkeys(ev.LOADERS, modules["load_policy"]))
     monkeypatch.setattr(ev, "ENVS", {})
     monkeypatch.setattr(sys, "argv", ["eval.py"])
     ev.open_policy.cache_clear()
@@ -290,7 +290,7 @@ def test_a_policy_that_gives_nan_is_refused(lab, monkeypatch):
         def plan(self, frames, task, keys):
             return np.full((len(frames), 1, 4), np.nan, np.float32)
 
-    monkeypatch.setattr(ev, "load_policy", lambda *_, **__: Policy())
+    monkeypatch.setattr(ev, "LOADERS", {"lam_vlm": lambda *_, **__: Policy()})
     with pytest.raises(ValueError, match="not finite at step 1"):
         evaluate()
     assert not Path("runs/lapo-s0/rollouts.csv").exists()
@@ -443,7 +443,7 @@ def videos(lab, monkeypatch) -> dict:
         plan = lambda frames, task, keys: policy(frames)[:, None]  # noqa: E731
         return types.SimpleNamespace(plan=plan, frame_stack=3)
 
-    monkeypatch.setattr(ev, "load_policy", load_policy)
+    monkeypatch.setattr(ev, "LOADERS", {"lam_vlm": load_policy})
     return actions
 
 
@@ -777,7 +777,7 @@ def test_chunks_are_executed_in_part(lab, monkeypatch):
             chunk = np.arange(8)[None, :, None] / 8 * np.ones((len(frames), 1, 4))
             return chunk.astype(np.float32)
 
-    monkeypatch.setattr(ev, "load_policy", lambda *_, **__: Policy())
+    monkeypatch.setattr(ev, "LOADERS", {"latbot": lambda *_, **__: Policy()})
     make_run("latbot", script="latbot", span=8)
     evaluate(episodes=2, envs=2, execute=3)
     reach = ev.TASKS.index("reach")

@@ -88,10 +88,11 @@ def test_subtasks_are_those_of_the_labelled_episodes(new_run):
     _, windows, _ = new_run()
     _, all_windows, _ = new_run("--text", "all")
     states = windows.data.columns["states"]
-    for row in windows.whole[:5]:
+    for row in windows.chunk_rows[:5]:
         name = windows.domain.subtasks[windows.subtask[row]]
         assert name == language_motion(*states[np.array([row, row + 4])])
-    assert set(windows.said) < set(all_windows.said) and len(all_windows.said) == len(windows.data.train)
+    assert set(windows.text_rows) < set(all_windows.text_rows)
+    assert len(all_windows.text_rows) == len(windows.data.train)
     assert set(windows.domain.subtasks) <= set(all_windows.domain.subtasks)
     assert new_run("--text", "none")[1].domain.subtasks == []
 
@@ -104,16 +105,17 @@ def test_text_is_causal_and_nothing_else_sees_it(new_run):
     _, windows, args = new_run()
     torch.manual_seed(0)
     student = latbot.Student(windows.domain, args).eval()
-    backbone, rows = student.backbone, windows.said[:2]
+    backbone, rows = student.backbone, windows.text_rows[:2]
     first, task, subtask = windows.data.frame(rows), windows.task(rows), windows.subtask_of(rows)
-    z, logits, targets = student(first, task, subtask)
-    assert logits.shape[:2] == targets.shape and torch.allclose(student(first, task)[0], z, atol=1e-6)
+    states, logits, targets = backbone(first[:, None], task, subtask)
+    assert logits.shape[:2] == targets.shape
+    assert torch.allclose(student.to_latents(states), student.latents(first, task), atol=1e-6)
     place = 1
     changed = backbone.subtasks.clone()
     backbone.subtasks[:, place] = (backbone.subtasks[:, place] + 1).clamp(0, 3)
     assert not torch.equal(changed, backbone.subtasks)
-    other_z, other_logits, _ = student(first, task, subtask)
-    assert torch.allclose(z, other_z, atol=1e-6)
+    other_states, other_logits, _ = backbone(first[:, None], task, subtask)
+    assert torch.allclose(states, other_states, atol=1e-6)
     assert torch.allclose(logits[:, : place + 1], other_logits[:, : place + 1], atol=1e-6)
     assert not torch.allclose(logits[:, place + 1 :], other_logits[:, place + 1 :])
     text = [word for word in targets[0].tolist() if word >= 0]
@@ -125,7 +127,7 @@ def test_attention_is_that_of_the_last_word(new_run):
     _, windows, args = new_run()
     torch.manual_seed(0)
     student = latbot.Student(windows.domain, args).eval()
-    rows = windows.said[:3]
+    rows = windows.text_rows[:3]
     words = windows.task(rows), windows.subtask_of(rows)
     maps = student.backbone.attention(windows.data.frame(rows)[:, None], *words)
     assert maps.shape == (3, SIZE // 4, SIZE // 4)  # stem 2 and one more block of stride 2
@@ -239,29 +241,29 @@ def test_flow_matching_recovers_two_modes(new_run):
     assert (samples.abs() - 1).abs().mean() < 0.25, "near the modes"
 
 
-def test_the_expert_hears_latents_of_the_same_size(new_run):
+def test_the_expert_sees_latents_of_the_same_size(new_run):
     """Each latent, with its own scale; or that of motion alone."""
     for sees, dims in (("both", 8), ("motion", 3)):
         _, windows, args = new_run("--expert-sees", sees)
         expert = latbot.Expert(latbot.Student(windows.domain, args), windows.domain, args)
-        said = torch.randn(500, 8) * torch.tensor([9.0] * 5 + [0.1] * 3) + 4
-        expert.set_scale(windows, said, args)
-        heard = expert.hear(said)
-        assert heard.shape == (500, dims) and heard.mean(0).abs().max() < 1e-4
-        assert heard[:, -3:].std() == pytest.approx(1, abs=0.01) and heard.std() == pytest.approx(1, abs=0.01)
-        assert expert.act(heard[:2], torch.randn(2, 4, 3)).shape == (2, 4, 4)
+        predicted = torch.randn(500, 8) * torch.tensor([9.0] * 5 + [0.1] * 3) + 4
+        expert.set_scale(windows, predicted, args)
+        seen = expert.condition(predicted)
+        assert seen.shape == (500, dims) and seen.mean(0).abs().max() < 1e-4
+        assert seen[:, -3:].std() == pytest.approx(1, abs=0.01) and seen.std() == pytest.approx(1, abs=0.01)
+        assert expert.act(seen[:2], torch.randn(2, 4, 3)).shape == (2, 4, 4)
 
 
 def test_distillation_against_its_definition(new_run):
-    """Squared error and KL(said || wanted), each the mean of scene's and motion's, whatever their size."""
+    """Squared error and KL(predicted || wanted), each the mean of scene's and motion's of any size."""
     _, _, args = new_run()
-    said, wanted = torch.randn(6, 8), torch.randn(6, 8)
+    predicted, wanted = torch.randn(6, 8), torch.randn(6, 8)
     errors, divergences = [], []
     for part in (slice(0, 5), slice(5, 8)):
-        errors.append(((said[:, part] - wanted[:, part]) ** 2).mean())
-        p, q = (z[:, part].exp() / z[:, part].exp().sum(1, keepdim=True) for z in (said, wanted))
+        errors.append(((predicted[:, part] - wanted[:, part]) ** 2).mean())
+        p, q = (z[:, part].exp() / z[:, part].exp().sum(1, keepdim=True) for z in (predicted, wanted))
         divergences.append((p * (p / q).log()).sum(1).mean())
-    found = latbot.distillation(said, wanted, args)
+    found = latbot.distillation(predicted, wanted, args)
     assert float(found[0]) == pytest.approx(float(sum(errors) / 2), rel=1e-5)
     assert float(found[1]) == pytest.approx(float(sum(divergences) / 2), rel=1e-4)
 
@@ -276,13 +278,13 @@ def test_each_stage_can_learn_a_batch_by_heart(new_run):
     run, windows, args = new_run(*flags.split(), "--student", "trains", "--width", 32)
     of_task = [rows[:2] for _, rows, _ in windows.data.probes()]
     windows.data.train = np.concatenate(of_task)
-    windows.whole = windows.said = windows.whole[:3]
+    windows.chunk_rows = windows.text_rows = windows.chunk_rows[:3]
     windows.labelled = windows.labelled[:3]
     student = latbot.train_student(run, windows, args, latbot.train_teacher(run, windows, args))
     latbot.train_expert(run, windows, args, student)
     for stage, name, factor in [
         ("teacher", "target_loss", 0.1),
-        ("teacher", "motion_loss", 0.1),
+        ("teacher", "arm_loss", 0.1),
         ("student", "latent_loss", 0.1),
         ("student", "text_loss", 0.1),
         ("expert_2", "gripper_loss", 0.1),

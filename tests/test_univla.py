@@ -125,7 +125,7 @@ def lam_of(tokens: Tokens, args: univla.Args, *stage_1: univla.LAM) -> univla.LA
 
 
 def inputs(lam: univla.LAM, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-    return (*lam.see(rows), lam.read(rows))
+    return (*lam.observe(rows), lam.embed_instruction(rows))
 
 
 def test_the_encoder_is_causal_in_time(new_run):
@@ -155,7 +155,7 @@ def test_instruction_is_of_the_rows_task(new_run):
     assert text.shape == (3, 6) and torch.equal(text[0], text[2]) and not torch.equal(text[0], text[1])
     assert data.tasks == TASKS and (text[1] == 0).sum() == 3, "`reach the goal`, and no word behind"
     _, silent, no_text = new_run("--text", "none")
-    assert lam_of(silent, no_text).read(rows).shape == (3, 0, 16)
+    assert lam_of(silent, no_text).embed_instruction(rows).shape == (3, 0, 16)
 
 
 def test_patches_are_the_picture(new_run):
@@ -198,8 +198,8 @@ def test_each_head_reads_the_queries_of_its_set(new_run, monkeypatch):
     encoder = lambda now, after, change, queries, instruction: queries.expand(len(now), -1, -1)  # noqa: E731
     monkeypatch.setattr(lam.encoder, "forward", encoder)
     latents = lam.latents(*seen)
-    assert torch.allclose(latents["tc"][0], lam.heads["tc"](lam.queries["tc"]))
-    of_ti = lam.heads["ti"](lam.queries["ti"])
+    assert torch.allclose(latents["tc"][0], lam.to_latents["tc"](lam.queries["tc"]))
+    of_ti = lam.to_latents["ti"](lam.queries["ti"])
     assert torch.allclose(latents["ti"], lam.norm(of_ti.expand(3, -1, -1)), atol=1e-4)
 
 
