@@ -210,10 +210,10 @@ def plan_blocks(run: dict, rows: dict[tuple, dict], args: Args) -> list[Block]:
             filmed, missing = set(), set()
             for episode in range(args.episodes):
                 film = film_path(run["dir"], task, labelled, args.seed, episode)
-                if lowest and episode < args.media and not film.exists():
-                    filmed.add(episode)
                 if (task, labelled, args.seed, episode) not in rows:
-                    missing.add(episode)
+                    missing.add(episode)  # a film that is there is of another policy
+                if lowest and episode < args.media and (episode in missing or not film.exists()):
+                    filmed.add(episode)
             for start in range(0, args.episodes, args.envs):
                 here = set(range(start, start + args.envs))
                 episodes = sorted((missing | filmed) & here)

@@ -449,9 +449,7 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
     folder = Path(run_dir)
     stored, summary, labelled = read_policy_run(folder, labelled)
     args = Args(**stored)
-    latent_dim = None
-    if args.method == "lapo":
-        latent_dim = args.latent_dim
+    latent_dim = args.latent_dim if args.method == "lapo" else None
     return restore_policy(folder, summary, labelled, args, latent_dim, device)
 
 
@@ -502,7 +500,9 @@ def parse_args(arguments: list[str]) -> Args:
     if args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size} can not be divided among {WORLD} ranks")
     if args.method == "bc":
-        args.stages, args.export = ("bc",), False
+        args.stages = ("bc",)
+        if args.export or args.supervision:
+            fail("--export and --supervision are of latent actions, which --method bc has none of")
     if args.target in ("pixels", "masked") and args.fdm_sees == "target":
         args.fdm_sees = "frame"  # one and the same
     return args
@@ -539,7 +539,7 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
 def summarise(run: Run, data: Dataset, args: Args, lam: LAM | None) -> None:
     """summary.json and curves.png of the stages that are done."""
     labelled = {}
-    if lam is not None and data.action_dim is not None:
+    if lam is not None and data.action_dim is not None and not args.supervision:  # z has learnt those actions
         labelled = data.probe_labelled(partial(encode, lam, data), run.budgets(*args.labelled_episodes))
     names = {"script": "lam_vlm", "variant": args.variant, "default_variant": default_variant(args, data)}
     bc_budget = args.labelled_episodes[0] if args.method == "bc" else None

@@ -245,7 +245,7 @@ class Student(nn.Module):
         self.to_latents = Latents(self.backbone.width, args)
 
     def latents(self, first: Tensor, task: Tensor) -> Tensor:
-        """The teacher's latents as predicted, (B, scene_dim + motion_dim), of frames (B, 3, H, W) uint8."""
+        """(B, scene_dim + motion_dim), as the teacher's would be, of frames (B, 3, H, W) uint8."""
         states, _, _ = self.backbone(first[:, None], task)
         return self.to_latents(states)
 
@@ -271,7 +271,7 @@ class Expert(nn.Module):
         self.gripper = mlp(dims, 2 * args.width, args.span)
         self.register_buffer("low", torch.zeros(domain.action_dim))
         self.register_buffer("scale", torch.ones(domain.action_dim))
-        self.register_buffer("levels", torch.zeros(2))
+        self.register_buffer("levels", torch.zeros(len(domain.instructions), 2))  # of a task's gripper
 
     def set_scale(self, windows: Windows, predicted: Tensor, args: Args) -> None:
         """predicted: the student's latents (N, D) of labelled frames."""
@@ -288,15 +288,15 @@ class Expert(nn.Module):
         """z (B, D), noisy (B, span, A - 1), time (B, 1) -> (B, span, A - 1)"""
         return self.flow(torch.cat([noisy.flatten(1), z, time], 1)).view_as(noisy)
 
-    def act(self, z: Tensor, noise: Tensor) -> Tensor:
-        """Actions (B, span, A) from noise (B, span, A - 1) by Euler steps of the flow."""
+    def act(self, z: Tensor, noise: Tensor, task: Tensor) -> Tensor:
+        """Actions (B, span, A) of tasks (B,) from noise (B, span, A - 1) by Euler steps of the flow."""
         arm = noise
         for step in range(self.euler_steps):
             time = torch.full((len(z), 1), step / self.euler_steps, device=z.device)
             arm = arm + self.velocity(z, arm, time) / self.euler_steps
         upper = (self.gripper(z) > 0).long()
         arm = (arm + 1) * self.scale[:-1] + self.low[:-1]
-        return torch.cat([arm, self.levels[upper][..., None]], 2)
+        return torch.cat([arm, self.levels[task[:, None], upper][..., None]], 2)
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -353,14 +353,13 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         step.log(loss=loss, target_loss=target_loss)
 
     # the latents of all windows are kept: with a large backbone they take hours
-    path = run.folder / "latents.bin"
-    stored, measured = None, {}
+    path, stored, measured = run.folder / "latents.bin", None, {}
     if run.restored("teacher"):
         stored = load_checkpoint(path, run.identity, run.device)
     if stored:
         z = stored["z"]
     else:
-        z = encode(run, teacher, windows)
+        z = encode(run, teacher, windows, args)
         if RANK == 0:
             save_checkpoint(path, {"z": z, "identity": run.identity})
     if not run.restored("teacher"):
@@ -394,7 +393,8 @@ def train_student(run: Run, windows: Windows, args: Args, latents: Tensor | None
                 first = shift(data.frame(text_rows))
                 words = windows.task(text_rows), windows.subtask_of(text_rows)
                 logits, targets = student.words(first, *words)
-                text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+                text_loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+                text_loss = text_loss / mean_over_ranks((targets >= 0).float().sum())
                 loss = loss + TEXT_WEIGHT * text_loss
                 step.log(text_loss=text_loss)
         optimizer.zero_grad()
@@ -440,7 +440,7 @@ def train_expert(run: Run, windows: Windows, args: Args, student: Student) -> Ex
     if trains:  # its latents will change: for the scale alone
         some = thinned(some)
     with torch.no_grad():
-        predicted = torch.cat([predict(part) for part in chunks(some)])
+        predicted = torch.cat([predict(part) for part in chunks(some, args.batch_size)])
     expert.set_scale(windows, predicted, args)
     expert.student.requires_grad_(trains)  # a VLM's vision tower as well, as published
     optimizer, schedule = one_cycle(expert, args.lr, args.weight_decay, args.expert_updates)
@@ -484,12 +484,12 @@ def first_actions(actor: ChunkActor, data: Dataset, rows: np.ndarray) -> Tensor:
 
 
 @torch.no_grad()
-def encode(run: Run, teacher: Teacher, windows: Windows) -> Tensor:
+def encode(run: Run, teacher: Teacher, windows: Windows, args: Args) -> Tensor:
     """The teacher's latents of all windows, `data.transitions`, scene first. (N, scene + motion) float32"""
     teacher.eval()
     with run.autocast():
         latents = []
-        for part in chunks(windows.data.transitions):
+        for part in chunks(windows.data.transitions, args.batch_size):
             latents.append(teacher.latents(windows.frames(part), windows.task(part)).float())
     return torch.cat(latents)
 
@@ -518,30 +518,30 @@ def measure_teacher(latents: Tensor, windows: Windows, args: Args) -> dict[str, 
         found.append(probed)
     measured, (budget,) = mean_over_tasks(found), args.labelled_episodes
     for name, part in parts_of(latents, args).items():
-        latents_of = partial(lambda part, rows: part[data.position(rows)], part)
-        labelled = data.probe_labelled(latents_of, (budget,))
-        measured[f"{name}_labelled_probe_nmse"] = labelled[budget]
+        if not args.action_weight:  # else the teacher has learnt these episodes' actions
+            latents_of = partial(lambda part, rows: part[data.position(rows)], part)
+            labelled = data.probe_labelled(latents_of, (budget,))
+            measured[f"{name}_labelled_probe_nmse"] = labelled[budget]
     return measured
 
 
 @torch.no_grad()
-def measure_student(
-    student: Student, windows: Windows, args: Args, latents: Tensor | None
-) -> dict[str, float]:
+def measure_student(student: Student, windows: Windows, args: Args, latents: Tensor | None) -> dict:
     """On held-out episodes: R^2 of the teacher's latents; loss and accuracy of a sub-task's words."""
     student.eval()
     data, result = windows.data, {}
     if latents is not None:
         found = []
         for rows in data.by_task(data.held_out):
-            predicted = [student.latents(data.frame(part), windows.task(part)) for part in chunks(rows)]
+            parts = chunks(rows, args.batch_size)
+            predicted = [student.latents(data.frame(part), windows.task(part)) for part in parts]
             wanted = parts_of(latents[data.position(rows)].cpu().numpy(), args)
             guesses = parts_of(torch.cat(predicted).float().cpu().numpy(), args)
             pairs = zip(wanted.items(), guesses.values())
             found.append({f"{name}_said_r2": r2_score(truth, guess) for (name, truth), guess in pairs})
         result |= mean_over_tasks(found)
     losses, right = [], []
-    for part in chunks(windows.named(data.held_out)):
+    for part in chunks(windows.named(data.held_out), args.batch_size):
         logits, targets = student.words(data.frame(part), windows.task(part), windows.subtask_of(part))
         logits, targets = logits[targets >= 0], targets[targets >= 0]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
@@ -571,7 +571,7 @@ class ChunkActor:
         noise = np.stack([np.random.default_rng(key).standard_normal(shape, np.float32) for key in keys])
         number = torch.full((len(first),), self.tasks.index(task), device=self.device)
         z = self.expert.condition(self.expert.student.latents(first, number))
-        actions = self.expert.act(z, torch.from_numpy(noise).to(self.device))
+        actions = self.expert.act(z, torch.from_numpy(noise).to(self.device), number)
         return actions.clamp(-1, 1).cpu().numpy()
 
 
@@ -626,6 +626,8 @@ def parse_args(arguments: list[str]) -> Args:
         fail("the teacher trains on one label budget: give one value to --labelled-episodes")
     if args.latents == "none":
         args.export = False
+        if args.stages == ("teacher",):
+            fail("--latents none has no teacher")
     if args.latents != "split" and args.expert_sees == "motion":
         fail("--expert-sees motion is for --latents split")
     return args

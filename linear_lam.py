@@ -81,7 +81,7 @@ class Args:
     tasks: tuple[str, ...] = ()
     """with --data: tasks of the data set, one linear model for all of them; none given: all"""
     train_episodes: int = 0
-    """with --data: fit on the first so many episodes of a task alone; 0: on all but the held-out ones"""
+    """with --data: fit on only the first N episodes of each task; 0: on all that are not held out"""
     quick: bool = False
     """the study with 20 updates a training, one restart, two scales of the last panel: to see that it runs"""
     out: str = ""
@@ -141,8 +141,8 @@ def closed_form(case: Args) -> dict[str, float]:
     values, vectors = np.linalg.eigh(both @ cov @ both.T)
     values, vectors = values[::-1].clip(0), vectors[:, ::-1]
     dz = min(case.latent_dim, len(values))
-    leading = vectors[:, :dz]
-    used = leading @ leading.T @ both  # W D
+    alive = values[:dz] > 1e-12 * max(values[0], 1e-12)
+    used = vectors[:, :dz][:, alive].T @ both / np.sqrt(values[:dz][alive])[:, None]  # spans the rows of W D
     return {"loss": float(values[dz:].sum()), **measures(used, case)}
 
 
@@ -169,11 +169,11 @@ def split_leak(case: Args, motion: int) -> float:
 def measures(used: np.ndarray, case: Args) -> dict[str, float]:
     """What the innovation part of z, as far as the model uses it, tells of action and background.
 
-    used: (n, do), any matrix whose rows span those directions of e, e.g. [B; sqrt(supervision) E] D.
-    Invariant to the basis of z and to the part of z that depends on o alone (the gauge), with which raw
-    probes mix the leak up. r2_action: share of the action's variance explained, 0 to 1. leak: mean squared
-    canonical correlation with the part of eta that does not depend on the action, i.e. the share of z's
-    (whitened) dimensions that go to the background.
+    used: (n, do), any matrix whose rows span those directions of e, e.g. [B; E] D; below 1e-6 of its largest
+    variance nothing counts. Invariant to the basis of z and to the part of z that depends on o alone (the
+    gauge), with which raw probes mix the leak up. r2_action: share of the action's variance explained, 0 to
+    1. leak: mean squared canonical correlation with the part of eta that does not depend on the action, i.e.
+    the share of z's (whitened) dimensions that go to the background.
     """
     p = population(case)
     values, vectors = np.linalg.eigh(used @ p.cov_e @ used.T)
@@ -278,7 +278,7 @@ def train(
         optimiser.step()
         schedule.step()
 
-    used = torch.cat([B, weight * E], 1) @ D
+    used = torch.cat([B, (weight > 0) * E], 1) @ D
     if motion is not None:
         used = torch.diag_embed(is_motion[:, 0]) @ D
     results = []
@@ -336,7 +336,7 @@ def trained_lams(data: Dataset, train_episodes: int) -> dict[tuple, list[tuple[f
     found = {}
     for path in sorted(Path("runs").glob("*/summary.json")):
         summary, args = read_json(path), read_json(path.with_name("args.json"))
-        if Path(args["data"]) != data.root or tuple(args["tasks"]) != data.tasks:
+        if Path(args["data"]).resolve() != data.root.resolve() or tuple(args["tasks"]) != data.tasks:
             continue
         if args.get("train_episodes", 0) != train_episodes:
             continue
@@ -602,10 +602,19 @@ def parse_args(arguments: list[str]) -> Args:
     return case
 
 
-def asks_for_study(arguments: list[str]) -> bool:
-    """Any flag that describes a case means that one case; without, it is the whole study."""
-    flags = {word.split("=")[0] for word in arguments if word.startswith("--")}
-    return flags <= {"--out", "--quick"}
+def asked_for(arguments: list[str]) -> str:
+    """--data, one case (any flag that describes one) or the study; flags without effect there are refused."""
+    given = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    of_data = {"--frame-gap", "--tasks", "--train-episodes"}
+    of_case = given - of_data - {"--data", "--out", "--quick"}
+    what, foreign = "the study", of_data
+    if of_case:
+        what, foreign = "one case", of_data | {"--out", "--quick"}
+    if "--data" in given:
+        what, foreign = "--data", of_case | {"--quick"}
+    if given & foreign:
+        fail(f"{' '.join(sorted(given & foreign))}: not with {what}")
+    return what
 
 
 def one_case(case: Args) -> None:
@@ -624,16 +633,16 @@ def one_case(case: Args) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    args = parse_args(arguments)
+    args, what = parse_args(arguments), asked_for(arguments)
     base, folder = BASE, "results/linear_lam"
     if args.quick:
         base, folder = QUICK, "results/linear_lam_quick"
-    if args.data:
+    if what == "--data":
         bridge(args, Path(args.out or f"results/{Path(args.data).absolute().name}"))
-    elif asks_for_study(arguments):
-        study(Path(args.out or folder), base)
-    else:
+    elif what == "one case":
         one_case(args)
+    else:
+        study(Path(args.out or folder), base)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from common.tokens import check_source
 from common.windows import Windows
 
 MARKS = ("[CP_SCE]", "[CP_MOT]")  # words added to the vocabulary of a vision-language model
+BOTH_WAYS = ("paligemma",)  # models whose prompt is no causal sequence
 END = "<end>"
 
 
@@ -155,6 +156,8 @@ class VLMBackbone(nn.Module):
             self.model = AutoModelForImageTextToText.from_pretrained(
                 source, trust_remote_code=False, dtype=torch.float32
             )
+        if self.model.config.model_type in BOTH_WAYS:
+            fail(f"--backbone {source}: its words see later ones, so the queries would read the text")
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.add_tokens(list(MARKS), special_tokens=True)
@@ -195,12 +198,13 @@ class VLMBackbone(nn.Module):
         inputs = self.processor(text=prompts, images=images, return_tensors="pt", padding=True)
         inputs.pop("labels", None)
         inputs = inputs.to(self.model.device)
-        output = self.model(**inputs, output_hidden_states=True, use_cache=False)
         ids = inputs["input_ids"]
         is_query = (ids == self.marks[0]) | (ids == self.marks[1])
+        if subtask is None:  # without logits, which take more memory than all else
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            return states[is_query].view(len(frames), self.n_queries, -1), None, None
+        output = self.model(**inputs, output_hidden_states=True, use_cache=False)
         states = output.hidden_states[-1][is_query].view(len(frames), self.n_queries, -1)
-        if subtask is None:
-            return states, None, None
         last_query = ids.shape[1] - 1 - is_query.flip(1).int().argmax(1)  # (B,)
         behind = torch.arange(ids.shape[1], device=ids.device) > last_query[:, None]
         targets = torch.where(behind, ids, -100)

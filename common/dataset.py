@@ -84,7 +84,8 @@ class Dataset:
         self.size = self.meta["size"]
         env = self.meta["env"]  # None: of videos
         self.undistracted = env is not None and env["videos"] == "none"
-        self.tasks = tuple(task.removesuffix("-v3") for task in tasks) or tuple(self.meta["tasks"])
+        wanted = [task.removesuffix("-v3") for task in tasks] or self.meta["tasks"]
+        self.tasks = tuple(dict.fromkeys(wanted))
         for task in self.tasks:
             if task not in self.meta["tasks"]:
                 fail(f"{root} has no task {task!r}; it has {', '.join(self.meta['tasks'])}")

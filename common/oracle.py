@@ -89,8 +89,8 @@ ASKING = "describe|focus|look|show|watch"  # verbs that begin a new request
 def named_segments(text: str, object: str) -> list[int]:
     """The oracle's understanding of a prompt: indices of the SEGMENTS to keep.
 
-    A sentence asks for what it names up to a negation, and takes away what it names from there on. A prompt
-    that asks for nothing known keeps everything but what it takes away.
+    A sentence asks for what it names up to a negation, and takes away what it names from there on, up to an
+    "except", which turns it round. A prompt that asks for nothing known keeps all but what it takes away.
     """
     words_of = {
         "background": {"background", "backdrop"},
@@ -99,14 +99,16 @@ def named_segments(text: str, object: str) -> list[int]:
         "goal": {"goal", "target"},
         "object": {"object", *object.split()} - {"and"},
     }
-    negations = {"not", "dont", "ignore", "without", "except", "no"}
+    negations = {"not", "dont", "ignore", "without", "no", "avoid", "disregard", "never", "rather"}
     asked, refused = set(), set()
-    text = text.lower().replace("'s", "").replace("'", "")  # the robot's; don't
+    text = text.lower().replace("’", "'").replace("'s", "").replace("'", "")  # the robot's; don't
+    text = re.sub(r"\b(other than|apart from)\b", "except", text)
     for sentence in re.split(rf"[.!?;:]|\bbut\b|(?:,|\band\b)\s*(?=(?:{ASKING})\b)", text):
-        words = re.findall(r"\w+", sentence)
-        negation = next((index for index, word in enumerate(words) if word in negations), len(words))
-        for part, found in ((words[:negation], asked), (words[negation:], refused)):
-            named = {segment for segment, names in words_of.items() if names & set(part)}
+        found, other = asked, refused
+        for word in re.findall(r"\w+", sentence):
+            if word == "except" or (word in negations and found is asked):
+                found, other = other, found
+            named = {segment for segment, names in words_of.items() if {word, word.removesuffix("s")} & names}
             if "object" in named:
                 named.add("goal")
             found |= named
@@ -147,7 +149,9 @@ class Oracle(Encoder):
         self.background_kept = background_kept
         rng = np.random.default_rng(0)
         inputs = self.grid**2 * self.colours
-        self.projection = (rng.standard_normal((inputs, self.dim)) / np.sqrt(self.dim)).astype(np.float32)
+        projection = rng.standard_normal((inputs, self.dim)) / np.sqrt(self.dim)
+        # in multiples of 2^-30, as features are in 2^-7: float64 sums them exactly, in whatever order
+        self.projection = np.round(projection * 2**30) / 2**30
 
     def prepare(self, images: np.ndarray, segments: np.ndarray, texts: list[str], object: str) -> dict:
         """{text: (B, grid * grid * colours) float32, -1 to 1}."""
@@ -159,7 +163,10 @@ class Oracle(Encoder):
         return prepared
 
     def embed(self, prepared: dict) -> dict[tuple[str, int, str], np.ndarray]:
-        return {(text, 0, "all"): features @ self.projection for text, features in prepared.items()}
+        found = {}
+        for text, features in prepared.items():
+            found[text, 0, "all"] = (features.astype(np.float64) @ self.projection).astype(np.float32)
+        return found
 
 
 def resize(image: np.ndarray, size: int, filter: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:

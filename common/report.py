@@ -133,9 +133,12 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
             probed[run["variant"]].add((*run["tasks"], run["seed"]))
     if len({frozenset(each) for each in probed.values()}) > 1:
         notes.append("The runs without a policy differ in tasks or seeds: their probes cannot be compared.")
-    if any((run.get("embedding") or {}).get("family") == "oracle" for run in runs):
-        upper = "an upper bound, not a VLM"
+    embeddings = [run.get("embedding") or {} for run in runs]
+    upper = "an upper bound, not a VLM"
+    if any(embedding.get("family") == "oracle" for embedding in embeddings):
         notes.append(f"The oracle answers the prompt from the simulator's segmentation: {upper}.")
+    if any(embedding.get("blank") == "oracle" for embedding in embeddings):
+        notes.append(f"Encoders named -blank see frames blanked by the simulator's segmentation: {upper}.")
     return notes
 
 

@@ -75,26 +75,35 @@ def read_run(folder: Path) -> dict:
 
 
 def refuse_mixture(run: dict, other: dict) -> None:
-    """A row of the table may not mix runs that only share a name."""
-    if not run["policy"] or not other["policy"] or run["variant"] != other["variant"]:
+    """A row of a table may not mix runs that only share a name."""
+    if run["policy"] != other["policy"] or run["variant"] != other["variant"]:
         return
     both = f"{other['dir']} and {run['dir']} are both variant '{run['variant']}'"
     shared_tasks = set(run["tasks"]) & set(other["tasks"])
     shared_budgets = set(run["labelled_episodes"]) & set(other["labelled_episodes"])
-    if run["seed"] == other["seed"] and shared_tasks and shared_budgets:
+    if run["seed"] == other["seed"] and shared_tasks and (shared_budgets or not run["policy"]):
         fail(f"{both} with seed {run['seed']}; choose with --runs")
     if run["data"] != other["data"]:
         fail(f"{both} with different data; choose with --runs")
+    if (len(run["tasks"]) > 1) != (len(other["tasks"]) > 1):
+        fail(f"{both}, one model of several tasks and one of a single task; choose with --runs")
     both_have = {name: value for name, value in run["trained"].items() if name in other["trained"]}
     changed = differences(other["trained"], both_have)
-    if shared_tasks and changed:
+    if changed:
         fail(f"{both} with other arguments ({changed}); choose with --runs, or name one by --variant")
-    compared = ["env"]
-    if set(run["tasks"]) == set(other["tasks"]):
-        compared.append("data_hash")  # it is of the run's tasks
-    for name in compared:
-        if name in run and name in other and run[name] != other[name]:
+    mine, theirs = made_of(run), made_of(other)
+    same_tasks = set(run["tasks"]) == set(other["tasks"])
+    for name in mine.keys() & theirs.keys():
+        if mine[name] != theirs[name] and (same_tasks or name != "shards_hash"):
             fail(f"{both}, and {run['data']} was made anew between them ({name}); train the older again")
+
+
+def made_of(run: dict) -> dict:
+    """How a run's data were made; not an embedding's bytes, whose last digits two machines need not share."""
+    embedding = dict(run.get("embedding") or {})
+    for name in ("sha256", "frames_sha256", "text"):  # of the first task's first shard
+        embedding.pop(name, None)
+    return embedding | {name: run[name] for name in ("env", "shards_hash") if name in run}
 
 
 def check_clips(run: dict) -> None:

@@ -250,6 +250,7 @@ class Run:
             training.finished = True
             training.results = results
             self.save(stage, training.updates)
+        del training.module, training.optimizer, training.schedule  # a large one is gone with its stage
 
     def summarise(self, fields: dict, bc_budget: str | None = None) -> None:
         """summary.json and curves.png: the script's fields, finished stages, policies."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import imageio.v3 as iio
+import av
 import numpy as np
 import pooch
 from PIL import Image, ImageOps, ImageSequence
@@ -209,7 +209,7 @@ def read_clip(root: Path, name: str, pictures: list[str], size: int) -> np.ndarr
         elif name.lower().endswith(".gif"):
             images = ImageSequence.Iterator(Image.open(root / name))
         else:
-            images = map(Image.fromarray, iio.imiter(root / name, plugin="pyav"))
+            images = read_video(root / name)
         for image in itertools.islice(images, MAX_CLIP_FRAMES):
             frames.append(to_square(image, size))
     except Exception as error:  # decoders raise errors of every kind on damaged data
@@ -219,6 +219,12 @@ def read_clip(root: Path, name: str, pictures: list[str], size: int) -> np.ndarr
     if not frames:
         fail(f"the video {root / name} has no frames; delete or replace it and run again")
     return np.stack(frames)
+
+
+def read_video(path: Path) -> Iterator[Image.Image]:
+    with av.open(path) as video:
+        for frame in video.decode(video=0):
+            yield frame.to_image().rotate(frame.rotation, expand=True)  # phones store how they were held
 
 
 def read_pictures(root: Path, names: list[str], side: int) -> Iterator[Image.Image]:

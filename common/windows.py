@@ -26,8 +26,8 @@ class Domain:
 class Windows:
     """Windows t..t+span of a data set: their frames, instructions, sub-tasks and chunks of actions.
 
-    The last action dimension is the gripper's, which has two levels; the others are normalised by their
-    quantiles over the labelled episodes.
+    The last action dimension is the gripper's, which has two levels in a task; the others are normalised by
+    their quantiles. Both are of the labelled episodes.
     """
 
     def __init__(self, data: Dataset, span: int, frames: int, budget: str, text: str):
@@ -45,11 +45,15 @@ class Windows:
         actions = data.columns["actions"][self.labelled]
         low, high = np.quantile(actions, [0.01, 0.99], axis=0)
         self.low, self.scale = low, np.where(high > low, (high - low) / 2, 1)
-        gripper = actions[:, -1]
-        self.middle = (gripper.min() + gripper.max()) / 2
-        above = gripper > self.middle
-        lower, upper = gripper[~above], gripper[above]
-        self.levels = np.array([lower.mean(), (upper if len(upper) else lower).mean()])
+        self.middle = np.zeros(len(data.tasks))
+        self.levels = np.zeros((len(data.tasks), 2))
+        for task in range(len(data.tasks)):
+            gripper = actions[data.task[self.labelled] == task, -1]
+            self.middle[task] = (gripper.min() + gripper.max()) / 2
+            upper = gripper > self.middle[task]
+            self.levels[task] = gripper[~upper].mean()
+            if upper.any():
+                self.levels[task, 1] = gripper[upper].mean()
 
     def name_subtasks(self) -> list[str]:
         """What the robot does in each window, in words, by one rule for all tasks; the distinct ones."""
@@ -90,5 +94,5 @@ class Windows:
         steps = np.minimum(rows[:, None] + np.arange(self.span), last[:, None])
         actions = self.data.columns["actions"][steps.reshape(-1)].reshape(*steps.shape, -1)
         arm = ((actions - self.low) / self.scale - 1)[..., :-1].astype(np.float32)
-        gripper = (actions[..., -1] > self.middle).astype(np.float32)
+        gripper = (actions[..., -1] > self.middle[self.data.task[rows], None]).astype(np.float32)
         return torch.from_numpy(arm).to(self.data.device), torch.from_numpy(gripper).to(self.data.device)

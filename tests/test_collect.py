@@ -264,6 +264,12 @@ def test_shards_have_the_bytes_of_numpy(tmp_path):
         ("Ignore the background, the table and the goal, focus on the robot's hand.", {"robot"}),
         ("Describe the arm without the table but the drawer.", {"robot", "object", "goal"}),
         ("Do not describe the background.", set(SEGMENTS) - {"background"}),
+        ("Don\u2019t describe the background. Focus on the robot arm.", {"robot"}),
+        ("Ignore everything except the robot arm.", {"robot"}),
+        ("Do not describe anything other than the drawer.", {"object", "goal"}),
+        ("Describe everything except the background.", set(SEGMENTS) - {"background"}),
+        ("Focus on the robot arm and the objects.", {"robot", "object", "goal"}),
+        ("Look at the arm rather than the table. Avoid the background.", {"robot"}),
     ],
 )
 def test_the_prompt_decides_what_the_oracle_keeps(prompt, kept):
@@ -301,6 +307,18 @@ def test_the_embedding_ignores_what_the_prompt_does_not_name(tiny_data, prompt, 
     inverted = np.where((segments == SEGMENTS.index(changed))[..., None], 255 - frames, frames)
     same = np.array_equal(embed(frames, segments, prompt), embed(inverted, segments, prompt))
     assert same != seen
+
+
+def test_the_oracles_sums_are_exact():
+    """Its embedding has the same bytes whatever the order in which a BLAS sums, thus on any machine."""
+    rng = np.random.default_rng(0)
+    oracle = Oracle()
+    features = (rng.integers(0, 256, (3, 32 * 32 * 3)).astype(np.float32) - 128) / 128
+    (found,) = oracle.embed({"": features}).values()
+    order = rng.permutation(features.shape[1])
+    for sums in (features[:, order], oracle.projection[order]), (features[:, ::-1], oracle.projection[::-1]):
+        terms = sums[0].astype(np.float64)[:, :, None] * sums[1]
+        assert np.array_equal(found, terms.cumsum(1)[:, -1].astype(np.float32))
 
 
 def test_background_kept_is_the_fraction_that_leaks(tiny_data):

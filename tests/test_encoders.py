@@ -194,6 +194,14 @@ def test_the_error_of_a_shared_pass_is_measured_by_the_models_own(noise, error, 
     assert encoder.shares == shares
 
 
+def test_a_shared_pass_that_gives_no_numbers_is_no_equal():
+    states, gaps = torch.ones(1, 3, 4), torch.ones(1, 3, 4)
+    gaps[0, 1] = torch.nan
+    assert pretrained.relative_difference({0: states, 1: states}, {0: states, 1: gaps}) == np.inf
+    states[0, 2] = 0  # a token of no length
+    assert pretrained.relative_difference({0: states}, {0: states}) == 0
+
+
 def test_bfloat16_of_forty_layers_shares(capsys):
     tiny_models.BUILDERS["deep"] = lambda folder: tiny_models.llava(folder, layers=40)
     encoder = make_encoder(str(tiny_model("deep")))

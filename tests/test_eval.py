@@ -234,6 +234,18 @@ def test_a_missing_film_is_made_again(lab):
     assert len(lab) == 14 and rows_of("lapo-s0") == before
 
 
+def test_films_are_made_again_with_their_rows(lab):
+    """As eval.py advises: rows of another --execute are moved away, whose films stay."""
+    make_run("lapo")
+    evaluate(media=2)
+    film = Path("runs/lapo-s0/rollouts/reach_labelled2_seed0_episode0.npy")
+    expected = film.read_bytes()
+    film.write_bytes(b"of another policy")
+    Path("runs/lapo-s0/rollouts.csv").unlink()
+    evaluate(media=2)
+    assert film.read_bytes() == expected
+
+
 def test_a_budget_added_later_keeps_the_rows_of_the_others(lab):
     make_run("lapo", labelled=("16",))
     evaluate()
@@ -337,11 +349,23 @@ def test_runs_that_only_share_a_name_are_refused(lab):
     evaluate(runs=("lapo-s0", "lapo-s2"))  # an older run does not know the flag
     assert "'lapo' with other arguments (lr: 0.1 there, 0.2 here)" in refusal(runs=("lapo-s2", "lapo-s3"))
     env = {"videos": "none", "size": 8, "max_steps": 20}
-    for seed, (data_hash, steps) in enumerate([("a", 20), ("a", 20), ("b", 20), ("a", 30)]):
-        make_run("anew", seed, data_hash=data_hash, env=env | {"max_steps": steps})
+    made = [("a", 20, "1"), ("a", 20, "1"), ("b", 20, "1"), ("a", 30, "1"), ("a", 20, "2")]
+    for seed, (shards_hash, steps, revision) in enumerate(made):
+        embedding = {"revision": revision, "sha256": f"rounded otherwise {seed}", "text": f"task {seed}"}
+        what = {"shards_hash": shards_hash, "env": env | {"max_steps": steps}, "embedding": embedding}
+        make_run("anew", seed, **what)
     evaluate(runs=("anew-s0", "anew-s1"))
-    assert "data/tiny was made anew between them (data_hash)" in refusal(runs=("anew-s0", "anew-s2"))
-    assert "data/tiny was made anew between them (env)" in refusal(runs=("anew-s0", "anew-s3"))
+    for seed, name in ((2, "shards_hash"), (3, "env"), (4, "revision")):
+        expected = f"data/tiny was made anew between them ({name})"
+        assert expected in refusal(runs=("anew-s0", f"anew-s{seed}"))
+    make_run("apart", 0, tasks=("reach",))
+    make_run("apart", 1, tasks=("reach", "push"))
+    assert "one model of several tasks and one of a single task" in refusal(runs=("apart-s0", "apart-s1"))
+    for seed, lr in ((0, 0.1), (1, 0.2)):
+        make_run("probed", seed, stages=("lam",))
+        args = json.loads(Path(f"runs/probed-s{seed}/args.json").read_text())
+        Path(f"runs/probed-s{seed}/args.json").write_text(json.dumps(args | {"lr": lr}))
+    assert "'probed' with other arguments" in refusal(runs=("probed-s0", "probed-s1"))
 
 
 def test_other_test_clips_are_refused(lab):
@@ -596,7 +620,9 @@ def test_probes_are_those_of_the_label_budget(lab):
 
 
 def test_only_seeds_common_to_all_tasks_count(lab):
-    make_run("lapo", 0, tasks=("reach", "push"))
+    make_run("lapo", 0, tasks=("push",))
+    Path("runs/lapo-s0").rename("runs/lapo-push-s0")
+    make_run("lapo", 0, tasks=("reach",))
     make_run("lapo", 1, tasks=("reach",))
     make_run("other", 0, tasks=("reach",))
     make_run("other", 1, tasks=("push",))
@@ -620,6 +646,10 @@ def test_what_cannot_be_compared_is_said():
     assert not remarks([], probed)
     (note,) = remarks([], [*probed, run("b", "", 1, False)])
     assert "differ in tasks or seeds" in note
+    (note,) = remarks([], [probed[0] | {"embedding": {"family": "oracle", "blank": "none"}}])
+    assert note.startswith("The oracle answers") and "not a VLM" in note
+    (note,) = remarks([], [probed[0] | {"embedding": {"family": "llava", "blank": "oracle"}}])
+    assert note.startswith("Encoders named -blank") and "not a VLM" in note
 
 
 def test_runs_with_probes_alone_need_no_environment(lab):

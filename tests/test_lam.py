@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill_when, refusal, run_script, start_script
+from conftest import kill_when, refusal, run_script, start_script, torchrun
 from made_up import EPISODES, GAP, LENGTH, SIZE, flags, make_data, policy_nmse
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,7 +60,14 @@ def new_run(made_up, tmp_path):
 
 
 def train_all(run: Run, data: Dataset, args: lam_vlm.Args) -> dict[str, nn.Module]:
-    """The stages of lam_vlm.main in this process: {stage: the module it leaves}."""
+    """The stages of lam_vlm.main in this process: {stage: its module}, which the run itself lets go of."""
+    modules, finish = {}, run.finish
+
+    def keep(stage: str, **results: object) -> None:
+        modules[stage] = run.training[stage].module
+        finish(stage, **results)
+
+    run.finish = keep
     lam = None
     if args.method == "lapo":
         lam = lam_vlm.train_lam(run, data, args)
@@ -70,7 +76,8 @@ def train_all(run: Run, data: Dataset, args: lam_vlm.Args) -> dict[str, nn.Modul
         for budget in args.labelled_episodes:
             lam_vlm.train_decoder(run, data, args, policy, budget)
     lam_vlm.summarise(run, data, args, lam)
-    return {stage: training.module for stage, training in run.training.items()}
+    assert not any(hasattr(training, "module") for training in run.training.values())
+    return modules
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -585,7 +592,8 @@ def test_videos_without_actions_train_two_stages_and_refuse_the_third(tmp_path):
     assert (tmp_path / "run/latents.parquet").exists()
     lam_vlm.main(lam_vlm.parse_args([*command, "--stages", "lam", "bc"]))
     with pytest.raises(SystemExit) as error:
-        lam_vlm.main(lam_vlm.parse_args([*command, "--method", "bc", "--labelled-episodes", "1"]))
+        clone = ["--no-export", "--method", "bc", "--labelled-episodes", "1"]
+        lam_vlm.main(lam_vlm.parse_args([*command, *clone]))
     assert "no actions" in one_line(error)
 
 
@@ -610,6 +618,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
         ({"supervision": 1.0, "labelled_episodes": ("1", "2")}, ["--supervision", "one value"]),
         ({"data": "data/none"}, ["data/none", "python collect.py --out data/none"]),
         ({"method": "bc"}, ["--labelled-episodes"]),
+        ({"method": "bc", "labelled_episodes": ("1",), "supervision": 1.0}, ["--supervision", "--method bc"]),
         ({"batch_size": 0}, ["--batch-size"]),
         ({"idm_horizon": 0}, ["--idm-horizon"]),
         ({"device": "tpu9"}, ["tpu9"]),
@@ -814,15 +823,9 @@ def test_load_policy_refuses_what_is_no_policy(new_run, finished, tmp_path):
 # ------------------------------------------------------------ several processes
 
 
-def torchrun(made_up: Path, cwd: Path, **changes: object) -> subprocess.Popen:
-    """Two ranks on this machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def two_ranks(made_up: Path, cwd: Path, **changes: object) -> subprocess.Popen:
     arguments = flags(**{"data": made_up, "out": "two", "dtype": "float32"} | changes)
-    command = [*torchrun, str(ROOT / "lam_vlm.py"), *arguments]
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return torchrun("lam_vlm.py", *arguments, cwd=cwd)
 
 
 @pytest.mark.parametrize("target", ["embedding", "masked"])
@@ -834,7 +837,7 @@ def test_two_ranks_train_like_one(new_run, made_up, tmp_path, monkeypatch, targe
     monkeypatch.setattr(runs, "LOG_EVERY", 50)
     one, data, args = new_run(dtype="float32", **changes)
     train_all(one, data, args)
-    process = torchrun(made_up, tmp_path, **changes)
+    process = two_ranks(made_up, tmp_path, **changes)
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0 and stdout.count("two: ") == 1, stderr  # rank 0 alone speaks
     mine, theirs = rows_of(one.folder), rows_of(tmp_path / "two")
@@ -850,7 +853,7 @@ def test_two_ranks_train_like_one(new_run, made_up, tmp_path, monkeypatch, targe
 
 def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(made_up, tmp_path):
     changes = {"lam_updates": 400, "stages": ("lam",)}
-    process = torchrun(made_up, tmp_path, **changes)
+    process = two_ranks(made_up, tmp_path, **changes)
     while not (tmp_path / "two/lam.pt").exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
@@ -861,14 +864,14 @@ def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(made_up, tmp
     assert process.wait(timeout=60) != 0 and "SIGKILL" in process.communicate()[1]
     update = torch.load(tmp_path / "two/lam.pt", weights_only=True)["update"]
     assert update < 400
-    again = torchrun(made_up, tmp_path, **changes)
+    again = two_ranks(made_up, tmp_path, **changes)
     stdout, stderr = again.communicate(timeout=300)
     assert again.returncode == 0 and f"goes on at update {update}" in stdout, stderr
     assert json.loads((tmp_path / "two/summary.json").read_text())["stages"] == ["lam"]
 
 
 def test_a_batch_that_can_not_be_divided_is_refused(made_up, tmp_path):
-    process = torchrun(made_up, tmp_path, batch_size=7)
+    process = two_ranks(made_up, tmp_path, batch_size=7)
     assert (
         "lam_vlm.py: --batch-size 7 can not be divided among 2 ranks" in process.communicate(timeout=300)[1]
         and process.returncode == 1

@@ -20,7 +20,7 @@ from linear_lam import (
     TABLE,
     WIDE_TABLE,
     Args,
-    asks_for_study,
+    asked_for,
     closed_form,
     measures,
     parse_args,
@@ -383,10 +383,34 @@ def test_panels_of_the_study():
 @pytest.mark.parametrize(
     "command, study",
     [("", True), ("--quick", True), ("--out a --quick", True), ("--out=a", True), ("--exo-std 2", False),
-     ("--json", False), ("--out a --rho 0", False)],
+     ("--json", False), ("--rho=0", False), ("--exo_std 2", False)],
 )  # fmt: skip
 def test_any_flag_of_a_case_means_that_case(command, study):
-    assert asks_for_study(command.split()) is study
+    assert asked_for(command.split()) == ("the study" if study else "one case")
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("--quick --json", "--quick: not with one case"),
+        ("--out a --rho 0", "--out: not with one case"),
+        ("--tasks drawer-open --frame-gap 4", "--frame-gap --tasks: not with the study"),
+        ("--data data/quick --exo-std 2", "--exo-std: not with --data"),
+        ("--data data/quick --quick", "--quick: not with --data"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(command, words):
+    with pytest.raises(SystemExit, match=words):
+        asked_for(command.split())
+
+
+@pytest.mark.parametrize(
+    "case", [{"exo_std": 2, "supervision": 1e9}, {"exo_std": 0.5, "target_leak": 1e-3}, {"exo_std": 2e3}]
+)
+def test_two_dimensions_too_many_leak_whatever_their_weight(case):
+    """T4: the actions fill four of six dimensions, or the background, if it moves more; the rest leaks."""
+    leak = closed_form(Args(latent_dim=6, **case))["leak"]
+    assert leak == pytest.approx(2 / 3 if case["exo_std"] > 1e3 else 1 / 3, abs=1e-6)
 
 
 def test_one_case_from_the_command_line(tmp_path):

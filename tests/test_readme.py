@@ -104,15 +104,15 @@ def parse(script: str, flags: list[str]) -> object:
 
 def cut(script: str, flags: list[str]) -> list[str]:
     """The same command at its smallest size: of a flag that is given twice, the last value counts."""
-    flags = flags + CUT[script].split()
+    given, flags = flags, flags + CUT[script].split()
     if script in ("lam_vlm.py", "univla.py", "latbot.py") and "--labelled-episodes all" not in shlex.join(
         flags
     ):
         flags += ["--labelled-episodes", "1"]  # of the two that the small data sets have
     if script == "eval.py" and "--labelled" in flags:
         flags += ["--labelled", "1"]
-    if script == "linear_lam.py" and linear_lam.asks_for_study(flags[: -len(CUT[script].split())]):
-        flags = ["--quick"]
+    if script == "linear_lam.py":
+        flags = {"--data": given, "the study": ["--quick"], "one case": flags}[linear_lam.asked_for(given)]
     return flags
 
 

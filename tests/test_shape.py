@@ -16,9 +16,9 @@ LINES = {  # at most
     "import_videos.py": 300,
     "lam_vlm.py": 580,
     "univla.py": 515,
-    "latbot.py": 690,
+    "latbot.py": 692,
     "eval.py": 435,
-    "linear_lam.py": 650,
+    "linear_lam.py": 652,
     "replicate.sh": 223,
     "README.md": 200,
 }

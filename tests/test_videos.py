@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -176,6 +177,18 @@ def test_video_file_is_upright_and_in_order(tmp_path, name):
     assert clip.shape == (12, 32, 32, 3) and clip.dtype == np.uint8
     assert_upright(clip[2])
     assert_upright(clip[10][::-1])
+
+
+def test_video_is_turned_as_a_phone_was_held(tmp_path):
+    """The file stores how: a matrix in the header of its track."""
+    lying = quadrants().swapaxes(0, 1)[::-1]  # a quarter turn
+    iio.imwrite(tmp_path / "a.mp4", np.stack([lying] * 4), plugin="pyav", codec="mpeg4", fps=10)
+    save_frames(tmp_path / "z", [0])
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    place = content.find(b"tkhd") + 44
+    content[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    assert_upright(Clips(str(tmp_path), "train", 32)[0][1])
 
 
 def test_gif_is_upright_and_in_order(tmp_path):
