@@ -68,10 +68,15 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
   on="--data data/main-clean --seed 0 $updates --labelled-episodes 2 4 8"
   train lapo-pooled-clean-data_s0 $on --target pixels --variant lapo-pooled-clean-data
   train lapo-pooled-z512-clean-data_s0 $on --target pixels --latent-dim 512 --variant lapo-pooled-z512-clean-data
+  for z in "" -z512; do # latent action models of one update: what a random view of the change is worth
+    name=lapo-pooled$z-untrained-clean-data
+    train ${name}_s0 $on --lam-updates 1 --target pixels ${z:+--latent-dim 512} --variant $name
+  done
   script=univla.py
   train univla-clean-data_s0 $on
   train univla-code-clean-data_s0 $on --clone-as code
-  train univla-untrained-clean-data_s0 $on --lam-updates 1 --variant univla-untrained-clean-data ;;
+  train univla-untrained-clean-data_s0 $on --lam-updates 1 --variant univla-untrained-clean-data
+  train univla-untrained_s0 ${on/-clean/} --lam-updates 1 --variant univla-untrained ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run
   main_data; clean_data; evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
   all="--data data/main --seed 0 $stem --labelled-episodes all"
