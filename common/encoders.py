@@ -155,10 +155,8 @@ def make_encoder(
     common/disturb.py.
     """
     if name == "oracle":
-        if size or blank != "none":
-            fail("--encoder-size and --blank are for other encoders: the oracle resizes and blanks by itself")
-        if model_revision or not split_tiles:
-            fail("--model-revision and --no-split-tiles are for encoders with weights")
+        if size or blank != "none" or model_revision or not split_tiles:
+            fail("--encoder-size, --blank, --model-revision and --no-split-tiles are for other encoders")
         encoder = Oracle(background_kept)
     else:
         config = encoder_config(name, trust_remote_code, model_revision)

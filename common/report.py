@@ -133,6 +133,7 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
             probed[run["variant"]].add((*run["tasks"], run["seed"]))
     if len({frozenset(each) for each in probed.values()}) > 1:
         notes.append("The runs without a policy differ in tasks or seeds: their probes cannot be compared.")
+    notes += [f"{run['mixture']}: their probes are in one row." for run in runs if "mixture" in run]
     embeddings = [run.get("embedding") or {} for run in runs]
     upper = "an upper bound, not a VLM"
     if any(embedding.get("family") == "oracle" for embedding in embeddings):

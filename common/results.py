@@ -39,7 +39,11 @@ def find_runs(names: Sequence[str]) -> list[dict]:
         if folder.resolve() not in runs:  # one may be given twice
             run = read_run(folder)
             for other in runs.values():
-                refuse_mixture(run, other)
+                why = mixture(run, other)
+                if why and run["policy"]:
+                    fail(f"{why}; choose with --runs")
+                if why:  # of probes alone, a remark
+                    run["mixture"] = why
             runs[folder.resolve()] = run
     return list(runs.values())
 
@@ -74,28 +78,29 @@ def read_run(folder: Path) -> dict:
     return run
 
 
-def refuse_mixture(run: dict, other: dict) -> None:
-    """A row of a table may not mix runs that only share a name."""
+def mixture(run: dict, other: dict) -> str:
+    """Why a row of a table may not mix the two, which share no more than a name; empty if it may."""
     if run["policy"] != other["policy"] or run["variant"] != other["variant"]:
-        return
+        return ""
     both = f"{other['dir']} and {run['dir']} are both variant '{run['variant']}'"
     shared_tasks = set(run["tasks"]) & set(other["tasks"])
     shared_budgets = set(run["labelled_episodes"]) & set(other["labelled_episodes"])
     if run["seed"] == other["seed"] and shared_tasks and (shared_budgets or not run["policy"]):
-        fail(f"{both} with seed {run['seed']}; choose with --runs")
+        return f"{both} with seed {run['seed']}"
     if run["data"] != other["data"]:
-        fail(f"{both} with different data; choose with --runs")
+        return f"{both} with different data"
     if (len(run["tasks"]) > 1) != (len(other["tasks"]) > 1):
-        fail(f"{both}, one model of several tasks and one of a single task; choose with --runs")
+        return f"{both}, one model of several tasks and one of a single task"
     both_have = {name: value for name, value in run["trained"].items() if name in other["trained"]}
     changed = differences(other["trained"], both_have)
     if changed:
-        fail(f"{both} with other arguments ({changed}); choose with --runs, or name one by --variant")
+        return f"{both} with other arguments ({changed}); name one by --variant"
     mine, theirs = made_of(run), made_of(other)
     same_tasks = set(run["tasks"]) == set(other["tasks"])
     for name in mine.keys() & theirs.keys():
         if mine[name] != theirs[name] and (same_tasks or name != "shards_hash"):
-            fail(f"{both}, and {run['data']} was made anew between them ({name}); train the older again")
+            return f"{both}, and {run['data']} was made anew between them ({name}); train the older again"
+    return ""
 
 
 def made_of(run: dict) -> dict:

@@ -365,7 +365,9 @@ def test_runs_that_only_share_a_name_are_refused(lab):
         make_run("probed", seed, stages=("lam",))
         args = json.loads(Path(f"runs/probed-s{seed}/args.json").read_text())
         Path(f"runs/probed-s{seed}/args.json").write_text(json.dumps(args | {"lr": lr}))
-    assert "'probed' with other arguments" in refusal(runs=("probed-s0", "probed-s1"))
+    evaluate(runs=("probed-s0", "probed-s1"))
+    report = Path("results/tiny/report.md").read_text()
+    assert "'probed' with other arguments (lr: 0.1 there, 0.2 here)" in report
 
 
 def test_other_test_clips_are_refused(lab):
