@@ -573,3 +573,27 @@ def test_every_flag_has_help(capsys):
     for flag, doc in zip(args.body[::2], args.body[1::2], strict=True):
         assert f"--{flag.target.id.replace('_', '-')}" in text
         assert " ".join(doc.value.value.split()) in text
+
+
+# ======== killing tests
+
+
+def test_each_tasks_prompt_names_its_own_object(monkeypatch, tmp_path):
+    asked = {}
+    watch = lambda encoder, folder, shard, task, prompts, bar: asked.update({task: prompts}) or []  # noqa: E731
+    monkeypatch.setattr(collect, "embed_shard", watch)
+    shards = [{"task": task, "shard": f"{task}/shard_00000", "frames": 1} for task in ("door-open", "reach")]
+    meta = {"tasks": ["door-open", "reach"], "objects": OBJECTS, "shards": shards}
+    collect.embed(collect.parse_args([]), tmp_path, meta)
+    assert asked == {task: {"best": prompt_text("best", OBJECTS[task])} for task in ("door-open", "reach")}
+
+
+OTHER = "--after-success 3 --max-steps 99 --camera corner2 --camera-distance 0.1 --video-step 2"
+OTHER += " --video-area 0.5 --shard-episodes 3 --videos none"
+
+
+def test_every_flag_of_the_trajectories_is_part_of_their_identity():
+    words = OTHER.split()
+    for flag, value in zip(words[::2], words[1::2]):
+        changed = collect.identity(collect.parse_args([flag, value]))
+        assert changed != collect.identity(collect.QUICK), flag

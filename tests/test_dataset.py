@@ -7,8 +7,10 @@ import pytest
 import torch
 from made_up import ARRAYS, EPISODES, GAP, LENGTH, SIZE, TASKS, make_data
 
+from common import dataset
 from common.dataset import Column, Dataset
-from common.probes import LeakProbe, Probes, Ridge, action_probe, mean_over_tasks, r2_score
+from common.probes import LeakProbe, Probes, Ridge, action_probe, background_change, mean_over_tasks, r2_score
+from common.shards import held_out_episodes
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +294,87 @@ def test_latents_are_exported_with_their_keys(made_up, tmp_path):
     assert list(zip(table["task"], table["episode_index"], table["frame_index"])) == stored
     assert table["latent_action"] == latents.tolist()
     assert len(set(itertools.chain(stored))) == len(rows)
+
+
+# ======== killing tests
+
+
+def test_rows_of_statistics_and_probes_are_drawn_from_all_episodes(made_up, monkeypatch):
+    monkeypatch.setattr(dataset, "SAMPLE", 30)
+    monkeypatch.setattr(dataset, "change_statistics", lambda values, rows, gap: rows)
+    data = open_data(made_up)
+    rows = data.statistics()
+    assert len(rows) == 30 and set(rows) < set(data.train) and set(data.task[rows]) == {0, 1}
+    assert set(data.episode[rows]) == set(range(EPISODES - 1))
+
+
+def test_thinned_rows_are_spread_evenly():
+    rows = dataset.thinned(np.arange(95), 10)
+    assert 10 <= len(rows) < 20 and rows[-1] >= 85 and len(set(np.diff(rows))) == 1
+    assert np.array_equal(dataset.thinned(np.arange(7), 10), np.arange(7))
+
+
+def test_a_policys_actions_are_clamped_before_they_are_measured(made_up):
+    data = open_data(made_up)
+    far = data.policy_nmse(lambda rows: torch.full((len(rows), 4), 9.0))
+    assert far == data.policy_nmse(lambda rows: torch.ones(len(rows), 4))
+
+
+def test_what_hardly_varies_is_not_blown_up():
+    moments = dataset.Moments()
+    moments.add(torch.stack([torch.tensor([-1.0, 1.0]), torch.tensor([3.0, 3.0])], 1))
+    _, std = moments.mean_std()
+    assert std.tolist() == pytest.approx([2**0.5, 0.1 * 2**0.5 / 2], rel=1e-3)
+
+
+def test_background_is_what_both_frames_show(tmp_path):
+    """Segments of which every second frame pair (GAP = 2) shows the background: no pixel in both."""
+    root = make_data(tmp_path / "data")
+    for path in root.glob("*/shard_*/segments.npy"):
+        segments, step = np.load(path), np.load(path.with_name("step.npy"))
+        segments[:] = np.where(step % (2 * GAP) < GAP, 0, 2)[:, None, None]
+        np.save(path, segments)
+    data = open_data(root)
+    assert np.abs(data.background(data.train)[1]).max() == 0
+
+
+def test_a_squares_change_is_the_mean_over_its_background():
+    """Squares of 2 x 2 pixels: of one pixel of background nothing counts, of two their own change."""
+    now, background = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+    after = torch.full((1, 3, 16, 16), 9.0)
+    background[..., 0, 0] = background[..., 0, 2:4] = 1  # the first square, and the second
+    after[..., 0, :4] = 1.0
+    _, change = background_change(now, after, background)
+    assert change.reshape(3, 8, 8)[:, 0, :3].tolist() == [[0, 1, 0]] * 3
+
+
+def test_an_action_dimension_that_does_not_vary_in_training_is_left_out():
+    rng = np.random.default_rng(0)
+    z, actions = rng.normal(size=(2, 100, 3))
+    trained = actions * [1, 0, 1]
+    assert action_probe(z, trained, z, actions)["action_probe_r2"][1] is None
+
+
+def test_what_one_task_lacks_has_no_mean():
+    found = [{"leak": 0.4, "r2": [1.0, None]}, {"leak": None, "r2": [0.0, 0.5]}]
+    assert mean_over_tasks(found) == {"leak": None, "r2": [0.5, None]}
+
+
+def test_without_distractors_there_is_no_leak(tmp_path):
+    root = make_data(tmp_path / "data")
+    (root / "meta.json").write_text((root / "meta.json").read_text().replace('"generated"', '"none"'))
+    data = open_data(root)
+    assert all(probes.leak is None and probes.actions for probes, _, _ in data.probes())
+
+
+def test_held_out_episodes_are_rounded():
+    assert [held_out_episodes(n, 0.2) for n in (2, 5, 7, 8, 12, 13)] == [1, 1, 1, 2, 2, 3]
+    assert held_out_episodes(100, 0.29) == 29 and held_out_episodes(2, 0.9) == 1
+
+
+def test_rows_of_probes_are_drawn_from_all_episodes(made_up, monkeypatch):
+    monkeypatch.setattr(dataset, "SAMPLE", 20)
+    data = open_data(made_up)
+    for _, train, held_out in data.probes():
+        assert len(train) == 20 and set(data.episode[train]) == set(range(EPISODES - 1))
+        assert set(held_out) <= set(data.held_out) and (np.diff(train) > 0).all()

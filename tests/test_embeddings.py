@@ -468,3 +468,25 @@ def test_a_tiny_vlm_from_end_to_end(tiny_data, tmp_path):
     assert ranked.returncode == 0, ranked.stderr
     for key in ("llava_best", "llava_blind", "oracle_best"):
         assert key in ranked.stdout, ranked.stdout
+
+
+# ======== killing tests
+
+
+def test_the_oracle_averages_squares():
+    """A frame of 64 px: each of its 32 x 32 features is the mean of four pixels."""
+    frames = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+    text = prompt_text("blind", "")
+    (features,) = make_encoder("oracle").prepare(frames, np.zeros((1, 64, 64), np.uint8), [text], "").values()
+    expected = frames[0].reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(128 * features.reshape(32, 32, 3) + 128 - expected).max() <= 1
+
+
+@pytest.mark.parametrize("key", ["text", "revision", "blank", "noise_std", "frames_sha256"])
+def test_embeddings_that_do_not_say_what_they_are_are_refused(key, shards):
+    path = embed(shards[0], "oracle")[0]
+    record = json.loads(path.read_text())
+    del record[key]
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=f"made with other {key}"):
+        embed(shards[0], "oracle")

@@ -591,10 +591,33 @@ def test_encoders_that_do_not_load_are_one_line(tmp_path, monkeypatch):
         assert hint in refused(tiny_model("llava"), **flags)
     assert "it has mean" in refused(tiny_model("siglip"), pools=("cls",))
     assert "it has -1" in refused(f"otter:{tiny_model('clip')}", layers=(0,))
-    assert "the oracle resizes and blanks by itself" in refused("oracle", blank="oracle")
+    assert "--blank" in refused("oracle", blank="oracle")
 
     def needs_torchvision(**_):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library\nbut it was not found.")
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", needs_torchvision)
     assert "missing: torchvision" in refused(tiny_model("llava"))
+
+
+# ======== killing tests
+
+
+def test_register_tokens_are_no_patches(tmp_path):
+    shutil.copytree(tiny_model("dinov2"), tmp_path / "dino")
+    size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    config = transformers.Dinov2WithRegistersConfig(**size, num_register_tokens=3)
+    transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "dino")
+    encoder, images = make_encoder(str(tmp_path / "dino")), pictures(2)
+    with torch.inference_mode():
+        states = encoder.model(pixel_values=encoder.pixels(images)).last_hidden_state
+    assert states.shape[1] == 1 + 3 + 16
+    assert np.allclose(run(encoder, images, [""])["", -1, "mean"], states[:, 4:].mean(1), atol=1e-6)
+
+
+def test_random_weights_do_not_depend_on_what_was_drawn_before():
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weights.append(next(make_encoder("random").model.parameters()))
+    assert torch.equal(*weights)

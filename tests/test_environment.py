@@ -12,7 +12,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
 from collect import expert_episode
-from common.distracting_metaworld import DistractingMetaWorld, episode_rng
+from common.distracting_metaworld import DistractingMetaWorld, background_index, episode_rng
 from common.shards import SEGMENTS
 from common.tasks import INSTRUCTIONS, MT10, OBJECTS, TASKS, task_name
 from common.video_clips import Clips
@@ -381,3 +381,17 @@ def test_the_environment_is_imported_without_torch():
     program = f"import sys, common.distracting_metaworld; assert not {heavy!r} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ======== killing tests
+
+
+def test_the_video_runs_at_its_pace_and_both_ways(make_env):
+    env, directions = make_env(videos="generated", size=16, video_step=3), set()
+    for episode in range(8):
+        env.reset(options={"episode": episode})
+        directions.add(env.direction)
+    shown = [env.step(action)[4]["clip_frame"] for action in random_actions(5)]
+    length = len(env.clips[env.clip])
+    assert shown == [background_index(env.start, env.direction, 3 * k, length) for k in range(1, 6)]
+    assert directions == {-1, 1}

@@ -827,3 +827,40 @@ def test_chunks_are_executed_in_part(lab, monkeypatch):
     Path("runs/latbot-s0/rollouts.csv").unlink()
     evaluate(episodes=2, envs=2, execute=20)
     assert [keys[0][3] for _, keys in asked[first:]][:2] == [0, 8], "a chunk has eight"
+
+
+# ======== killing tests
+
+
+def test_runs_of_one_task_are_each_played_in_their_own_environment(lab):
+    for steps in (20, 10):
+        make_run(f"lapo{steps}", env={"videos": "none", "size": 8, "max_steps": steps})
+    evaluate(episodes=1, media=0)
+    for steps in (20, 10):  # episode 0 never succeeds; its reward is 0.5 a step
+        assert float(rows_of(f"lapo{steps}-s0")[0]["return"]) == steps / 2
+
+
+def test_errors_are_measured_on_the_episodes_that_the_run_held_out(lab, videos, monkeypatch):
+    seen = []
+    watch = lambda policy, data, task, held_out: seen.append({*data.episode[held_out]}) or []  # noqa: E731
+    monkeypatch.setattr(ev, "action_errors", watch)
+    make_run("lapo", data="data/videos")
+    path = Path("runs/lapo-s0/args.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"probe_fraction": 0.4}))
+    evaluate()
+    assert seen == [{HELD_OUT - 1, HELD_OUT}]
+
+
+def test_data_made_anew_between_two_tasks_is_refused(lab):
+    for seed, steps in ((0, 20), (1, 30)):
+        env = {"videos": "none", "size": 8, "max_steps": steps}
+        make_run("anew", seed, tasks=(("reach", "push")[seed],), env=env, shards_hash=str(seed))
+    assert "data/tiny was made anew between them (env)" in refusal()
+
+
+def test_probes_of_one_seed_twice_are_said(lab):
+    make_run("probed", stages=("lam",), action_probe_nmse=0.5)
+    Path("runs/probed-s0").rename("runs/first")
+    make_run("probed", stages=("lam",), action_probe_nmse=0.7)
+    evaluate()
+    assert "both variant 'probed' with seed 0" in Path("results/tiny/report.md").read_text()

@@ -705,3 +705,16 @@ def test_a_folder_that_another_process_writes(clips, tmp_path):
     lock = import_videos.shards.lock_folder(tmp_path / "data")
     assert "another process" in refusal(run_script("import_videos.py", clips, "--out", "data", cwd=tmp_path))
     assert lock
+
+
+# ======== killing tests
+
+
+def test_actions_of_all_tasks_have_one_scale(tmp_path):
+    for task, first in (("lift", 0), ("pour", 100)):
+        for clip in range(2):  # of which the second is held out
+            path = tmp_path / "clips" / task / f"{clip}.mp4"
+            write_video(path, [picture(number) for number in range(4)])
+            np.save(path.with_suffix(".npy"), first + 1000 * clip + np.arange(4))
+    meta, _ = bring_in(tmp_path / "clips", tmp_path / "data")
+    assert (meta["action"]["low"], meta["action"]["high"]) == ([0], [103])

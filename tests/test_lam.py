@@ -954,3 +954,95 @@ def test_every_flag_has_help(capsys):
     assert len(body) == 2 * len(lam_vlm.Args.__dataclass_fields__)
     for flag, doc in zip(body[::2], body[1::2], strict=True):
         assert f"--{flag.target.id.replace('_', '-')}" in text and doc.value.value in text
+
+
+# ======== killing tests
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_an_update_draws(new_run, monkeypatch, seed):
+    """The transitions of an update come from (seed, stage, update)."""
+    run, data, args = new_run(seed=seed, lam_updates=2)
+    expected = [np.random.default_rng([seed, 1, k]).choice(data.train, 8) for k in range(2)]
+    seen, module = [], nn.Linear(1, 1)
+    for step in run.steps("lam", module, *runs.one_cycle(module, 1e-3, 0.0, 2), 2):
+        seen.append(step.rng.choice(data.train, 8))
+        step.log(loss=torch.zeros(()))
+    assert np.array_equal(seen, expected)
+
+
+def test_the_weight_decay_is_the_flags():
+    optimizer, _ = runs.one_cycle(nn.Linear(2, 2), 1e-3, 0.3, 4)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3]
+
+
+def test_flags_of_the_split_reach_the_data(new_run):
+    orders = [new_run(seed=seed)[1].label_order[0].tolist() for seed in range(6)]
+    assert orders == [np.random.default_rng([seed, 7]).permutation(4).tolist() for seed in range(6)]
+    assert new_run(train_episodes=3)[1].n_train == [3, 3]
+    assert new_run(probe_fraction=0.4)[1].n_held_out == [2, 2]
+
+
+def other_frames(root: Path) -> None:
+    (root / "meta.json").write_text((root / "meta.json").read_text().replace("frames of", "new frames of"))
+    for path in root.rglob("made_up_L0.json"):
+        path.write_text(path.read_text().replace("frames of", "new frames of"))
+
+
+def other_embeddings(root: Path) -> None:
+    for path in root.rglob("made_up_L0.json"):
+        path.write_text(path.read_text().replace("embeddings of", "new embeddings of"))
+
+
+@pytest.mark.parametrize("change", [other_frames, other_embeddings])
+def test_a_run_of_other_data_is_refused(copy, tmp_path, change):
+    args = lam_vlm.parse_args(flags(data=copy, out=tmp_path / "run"))
+    lam_vlm.main(args)
+    change(copy)
+    with pytest.raises(SystemExit, match="belongs to another run"):
+        lam_vlm.main(args)
+
+
+def test_the_policy_of_other_data_is_refused(copy, tmp_path):
+    """Same arguments, data made anew: weights of one run do not load in the other's folder."""
+    for name in ("old", "new"):
+        lam_vlm.main(lam_vlm.parse_args(flags(data=copy, out=tmp_path / name)))
+        other_frames(copy)
+    shutil.copy(tmp_path / "old/bc.pt", tmp_path / "new/bc.pt")
+    with pytest.raises(SystemExit, match="belongs to another run"):
+        load_policy(tmp_path / "new")
+
+
+def test_supervision_sees_transitions_of_the_labelled_episodes(new_run, monkeypatch):
+    """Both frames of one episode, a gap apart."""
+    run, data, args = new_run(supervision=1.0, labelled_episodes=("2",), batch_size=400, lam_updates=1)
+    seen, forward = [], lam_vlm.IDM.forward
+    watch = lambda idm, *frames: seen.append(frames) or forward(idm, *frames)  # noqa: E731
+    monkeypatch.setattr(lam_vlm.IDM, "forward", watch)
+    lam_vlm.train_lam(run, data, args)
+    now, after = (frames[:, -3:, 0, 0].numpy().astype(int) for frames in seen[1])
+    assert np.array_equal(after - now, np.tile([0, 0, GAP], (400, 1)))
+
+
+def test_supervised_latents_are_not_probed_where_they_learnt_the_actions(new_run):
+    run, data, args = new_run(supervision=1.0, labelled_episodes=("2",))
+    train_all(run, data, args)
+    assert json.loads((run.folder / "summary.json").read_text())["labelled_probe_nmse"] == {}
+
+
+def test_under_supervision_another_label_budget_is_another_run(made_up, tmp_path):
+    same = dict(data=made_up, out=tmp_path / "run", supervision=1.0)
+    lam_vlm.main(lam_vlm.parse_args(flags(**same, labelled_episodes=("2",))))
+    with pytest.raises(SystemExit, match="labelled_episodes"):
+        lam_vlm.open_run(lam_vlm.parse_args(flags(**same, labelled_episodes=("1",))))
+
+
+def test_what_torch_draws_is_new_in_each_update_and_run(new_run):
+    drawn = []
+    for seed in (0, 1):
+        run, _, _ = new_run(seed=seed)
+        module = nn.Linear(1, 1)
+        for step in run.steps("lam", module, *runs.one_cycle(module, 1e-3, 0.0, 3), 3):
+            drawn.append(float(torch.rand(())))
+            step.log(loss=torch.zeros(()))
+    assert len(set(drawn)) == 6

@@ -537,3 +537,58 @@ def test_videos_lack_states_and_may_lack_actions(tmp_path):
     root = make_data(tmp_path / "silent", arrays=["frames", "episode", "step"])
     result = run_script("latbot.py", *SMALL.split(), "--data", root, *flags, cwd=tmp_path)
     assert "no actions of a hand" in refusal(result)
+
+
+# ======== killing tests
+
+
+def test_the_scene_comes_first(new_run):
+    run, windows, args = new_run("--seed", 3)
+    parts = latbot.parts_of(torch.zeros(2, 8), args)
+    assert [(name, part.shape[1]) for name, part in parts.items()] == [("scene", 5), ("motion", 3)]
+
+
+def test_the_seed_chooses_the_labelled_episodes(new_run):
+    orders = [new_run("--seed", seed)[1].data.label_order[0].tolist() for seed in range(6)]
+    assert orders == [np.random.default_rng([seed, 7]).permutation(4).tolist() for seed in range(6)]
+
+
+def test_the_student_is_measured_on_held_out_frames(new_run, monkeypatch):
+    _, windows, args = new_run("--text", "all")
+    student, data, seen, frame = latbot.Student(windows.domain, args), windows.data, [], windows.data.frame
+    monkeypatch.setattr(data, "frame", lambda rows: seen.append(rows) or frame(rows))
+    found = latbot.measure_student(student, windows, args, torch.randn(len(data.transitions), 8))
+    words = windows.named(data.held_out)
+    assert np.array_equal(np.concatenate(seen), [*data.held_out, *words]) and "text_loss" in found
+    assert np.array_equal(windows.named(data.train), data.train), "all of their sub-tasks are learnt"
+
+
+def test_a_policy_of_two_tasks_is_told_which(new_run):
+    run, windows, args = new_run("--expert-sees", "motion")
+    expert = latbot.Expert(latbot.Student(windows.domain, args), windows.domain, args)
+    expert.set_scale(windows, torch.randn(20, 8), args)
+    actor = latbot.ChunkActor(expert, windows.data.tasks, "cpu")
+    frames = np.zeros((1, 1, SIZE, SIZE, 3), np.uint8)
+    for number, task in enumerate(windows.data.tasks):
+        gripper = actor.plan(frames, task, [[0]])[..., -1]
+        assert set(gripper.flatten().tolist()) <= set(expert.levels[number].tolist())
+
+
+def test_a_vlms_logits_do_not_see_the_word_that_they_predict(llava):
+    torch.manual_seed(0)
+    backbone = VLMBackbone(str(llava), 4, ["go"], ["move left", "move down"]).eval()
+    frames, task = torch.zeros(2, 1, 3, 56, 56, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        _, logits, targets = backbone(frames, task, torch.tensor([0, 1]))
+    first = int((targets[0] != targets[1]).nonzero()[0])  # of "left" and "down"
+    assert torch.allclose(logits[0, first], logits[1, first], atol=1e-5)
+    assert not torch.allclose(logits[0, first + 1], logits[1, first + 1], atol=1e-5)
+
+
+def test_even_attention_gives_the_robot_its_share(new_run, monkeypatch):
+    _, windows, args = new_run("--text", "all")
+    backbone = latbot.Student(windows.domain, args).backbone
+    even = lambda frames, *words: torch.full((len(frames), 4, 4), 1 / 16)  # noqa: E731
+    monkeypatch.setattr(backbone, "attention", even)
+    found = latbot.attended(backbone, windows, Path("/dev/null"))
+    assert found["attention_on_robot"] == pytest.approx(1, abs=1e-4)

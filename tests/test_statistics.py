@@ -277,3 +277,16 @@ def test_comparison_with_the_baselines():
     assert row["win_rate"] == 1.0 and row["labelled"] == "2"
     assert found["lapo", "bc-few"]["mean_ratio"] == np.inf
     assert found["lapo", "bc-few"]["mean_difference"] == pytest.approx(0.2)
+
+
+# ======== killing tests
+
+
+def test_a_comparison_resamples_each_method_in_its_own_way():
+    rows = rows_of("lapo", [[0.0] * 8, [0.4] * 8], tasks="abcdefgh")
+    rows += rows_of("lapo-oracle", [[0.5] * 8, [1.0] * 8], tasks="abcdefgh")
+    runs = [{"variant": "lapo", "tasks": list("abcdefgh")}]  # one model for all
+    (row,) = compare(summarise(rows, "success", runs))
+    x, y = np.repeat([[0.5], [1.0]], 8, 1), np.repeat([[0.0], [0.4]], 8, 1)
+    expected = stratified_bootstrap_ci(x, y, statistic=mean_difference, pooled=(False, True))
+    assert row["mean_difference_ci"] == expected

@@ -505,3 +505,43 @@ def test_no_module_is_left_out_of_the_checkpoint(new_run):
     names = set(dict(lam_of(tokens, args).named_parameters()))
     assert {"books.ti.entries", "queries.ti", "instruction.project.weight"} <= names
     assert all(isinstance(module, nn.Module) for module in lam_of(tokens, args).children())
+
+
+# ======== killing tests
+
+
+def test_flags_reach_data_policy_and_decoder(new_run, made_up, tmp_path):
+    orders = [new_run("--seed", seed)[1].data.label_order[0].tolist() for seed in range(6)]
+    assert orders == [np.random.default_rng([seed, 7]).permutation(4).tolist() for seed in range(6)]
+    flags = "--seed 3 --lr 0.5 --decoder-lr 0.25 --bc-updates 7 --decoder-updates 9 --res-blocks 2"
+    args = parse(made_up, tmp_path / "run", *flags.split())
+    passed = univla.policy_args(args)
+    for name in ("seed", "lr", "decoder_lr", "bc_updates", "decoder_updates", "res_blocks", "widths", "stem"):
+        assert getattr(passed, name) == getattr(args, name), name
+
+
+def test_the_summary_has_the_codes_of_the_last_stage(new_run):
+    run, tokens, args = new_run()
+    lam = univla.train_lam(run, tokens, args, univla.train_lam(run, tokens, args))
+    univla.summarise(run, tokens.data, args, lam)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    for name, value in run.results("ti").items():
+        assert summary[f"stage_1_{name}"] == value and summary[name] == run.results("tc")[name] != value
+
+
+def test_perplexity_is_of_held_out_codes(new_run):
+    _, tokens, args = new_run()
+    lam = lam_of(tokens, args)
+    latents = [univla.encode(lam, held_out)["ti"] for _, _, held_out in tokens.data.probes()]
+    lam.books["ti"].entries.data = torch.cat(latents).flatten(0, 1)[::7][:4].clone()
+    codes = [lam.books["ti"].nearest(z) for z in latents]
+    expected = np.mean([perplexity(shares(each, 4)).mean() for each in codes])
+    assert univla.measure(lam, args)["ti_perplexity"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_dead_entries_start_again_up_to_four_fifths(new_run, monkeypatch):
+    run, tokens, args = new_run("--lam-updates", 10)
+    calls = []
+    monkeypatch.setattr(Codebook, "restart", lambda *_: calls.append(1))
+    univla.train_lam(run, tokens, args)
+    assert len(calls) == 8
