@@ -48,7 +48,7 @@ from common.results import (
     save_rollouts,
 )
 from common.shards import atomic_write, lock_folder, parallel, read_json
-from common.statistics import budget_order, summarise
+from common.statistics import aggregate, budget_order
 from common.tasks import TASKS
 
 LOADERS = {"lam_vlm": lam_vlm.load_policy, "univla": univla.load_policy, "latbot": latbot.load_policy}
@@ -407,11 +407,11 @@ def main(args: Args) -> None:
             atomic_write(out / "errors.csv", csv_text(ERRORS, each))
 
         # IQM, mean and CIs over (runs x tasks) of each method and label budget
-        summary = summarise(scores, "success", runs)
-        error_summary = summarise([row for row in errors if row["dimension"] == "all"], "nmse", runs)
-        notes = remarks(summary + error_summary, runs)
-        table = [entry for entry in summary if entry["seeds"]]
-        error_table = [entry for entry in error_summary if entry["seeds"]]
+        entries = aggregate(scores, "success", runs)
+        error_entries = aggregate([row for row in errors if row["dimension"] == "all"], "nmse", runs)
+        notes = remarks(entries + error_entries, runs)
+        table = [entry for entry in entries if entry["seeds"]]
+        error_table = [entry for entry in error_entries if entry["seeds"]]
         add_probes(table, runs)
 
         strips = collect_strips(table, simulated, rows, args)

@@ -3,7 +3,7 @@
 Each plot_*(rows, path) takes plain rows, writes a PNG whole or not at all, and returns its path, or None
 where there is too little to draw. Scripts import this file late: matplotlib takes a second.
 
-table: entries of common.statistics.summarise, sorted by label budget; runs: args.json and summary.json of
+table: entries of common.statistics.aggregate, sorted by label budget; runs: args.json and summary.json of
 each.
 """
 

@@ -1,7 +1,7 @@
 """report.md of eval.py: tables of success, of comparisons, of action errors and of probes, as text.
 
 Each section is Markdown, empty where there is nothing to say.
-runs: list of dicts, args.json and summary.json of each; table: entries of `summarise` that have runs.
+runs: list of dicts, args.json and summary.json of each; table: entries of `aggregate` that have runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from common.records import code_version
-from common.statistics import budget_order, compare, summarise
+from common.statistics import aggregate, budget_order, compare
 
 PACKAGES = ("torch", "mujoco", "metaworld", "numpy")
 ERROR_MEASURES = {
@@ -196,7 +196,7 @@ def error_section(errors: list[dict], runs: list[dict]) -> str:
         texts, seeds = defaultdict(dict), {}
         for dimension in dimensions:
             rows = [row for row in errors if row["dimension"] == dimension]
-            for entry in summarise(rows, measure, runs):
+            for entry in aggregate(rows, measure, runs):
                 if entry["seeds"]:
                     key = entry["method"], entry["labelled"]
                     texts[key][dimension] = number(entry["iqm"], entry["iqm_ci"])

@@ -144,7 +144,7 @@ def budget_order(labelled: str) -> tuple:
     return 1, 0, labelled
 
 
-def summarise(rows: list[dict], measure: str, runs: list[dict]) -> list[dict]:
+def aggregate(rows: list[dict], measure: str, runs: list[dict]) -> list[dict]:
     """An entry for each method and label budget: IQM and mean of its matrix (runs, tasks) with their CIs.
 
     rows: method, labelled, task, seed and the measure (None: not measured). The runs of a matrix are the
@@ -184,7 +184,7 @@ def entry_order(entry: dict) -> tuple:
 
 
 def compare(table: list[dict]) -> list[dict]:
-    """Each method against each of BASELINES with the same label budget. table: see `summarise`.
+    """Each method against each of BASELINES with the same label budget. table: see `aggregate`.
 
     Seeds choose the labelled episodes, and tasks differ in difficulty: those that both have are compared. A
     row has method, base, labelled, tasks, seeds; ratio and difference of iqm and mean, and win_rate, each

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common import figures
-from common.statistics import summarise
+from common.statistics import aggregate
 
 BEST = {"family": "oracle", "prompt": "best", "layer": 0, "pool": "all"}
 
@@ -49,7 +49,7 @@ def test_a_row_for_each_method(drawn, count):
     for index in range(count):
         rows += make_scores(f"method{index}", ("2", "16"), 0.02 * index)
     rows += make_scores("bc-all", ("all",), 0.9)
-    figures.plot_success(summarise(rows, "success", []), Path("success.png"))
+    figures.plot_success(aggregate(rows, "success", []), Path("success.png"))
     axes = drawn["success.png"].axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [f"method{index}" for index in range(count)] + ["bc-all"], "the highest on top"
@@ -63,14 +63,14 @@ def test_a_row_for_each_method(drawn, count):
 
 def test_no_ci_is_said(drawn):
     rows = make_scores("lapo", ("2",), 0.5, seeds=1)
-    figures.plot_success(summarise(rows, "success", []), Path("success.png"))
+    figures.plot_success(aggregate(rows, "success", []), Path("success.png"))
     assert "no CI" in drawn["success.png"].axes[0].get_xlabel()
     assert figures.plot_success([], Path("none.png")) is None and "none.png" not in drawn
 
 
 def test_errors_above_1_are_in_the_picture(drawn):
     rows = [row | {"nmse": 2.0} for row in make_scores("lapo", ("2",), 0.5)]
-    figures.plot_success(summarise(rows, "nmse", []), Path("errors.png"), "NMSE")
+    figures.plot_success(aggregate(rows, "nmse", []), Path("errors.png"), "NMSE")
     axes = drawn["errors.png"].axes[0]
     assert axes.get_xlim()[1] > 2 and axes.get_xlabel().startswith("NMSE")
 
@@ -101,7 +101,7 @@ def test_tolerance_curve(drawn):
         rows += make_scores(run["variant"], ("2",), 0.0)
     runs += [run | {"action_probe_nmse": 1.0, "leak_probe_r2": 1.0} for run in others]
     assert figures.target_levels(runs, "background_kept") == {"first": 0.5, "second": 0.0, "third": 0.05}
-    figures.plot_tolerance(summarise(rows, "success", []), runs, {}, Path("tolerance.png"))
+    figures.plot_tolerance(aggregate(rows, "success", []), runs, {}, Path("tolerance.png"))
     left, right = drawn["tolerance.png"].axes
     assert [label.get_text() for label in left.get_xticklabels()] == ["0", "0.05", "0.5"]
     assert labels(left) == ["2 labelled"], "what one method alone has makes no curve"
@@ -109,7 +109,7 @@ def test_tolerance_curve(drawn):
     curves = {line.get_label(): list(line.get_ydata()) for line in right.lines}
     assert curves == {"action probe NMSE": [0.4, 0.5, 0.9], "leak $R^2$": [0.2, 0.25, 0.45]}
     left_out = [row for row in rows if row["method"] != "third"]
-    assert figures.plot_tolerance(summarise(left_out, "success", []), runs, {}, Path("few.png")) is None
+    assert figures.plot_tolerance(aggregate(left_out, "success", []), runs, {}, Path("few.png")) is None
 
 
 def test_tolerance_has_a_row_for_each_way_to_be_worse(drawn):
@@ -126,7 +126,7 @@ def test_tolerance_has_a_row_for_each_way_to_be_worse(drawn):
             runs.append(make_run(name, embedding=embedding, action_probe_nmse=0.4 + level / 8))
     linear = {"tremble0.25": {"change_nmse": "0.5", "change_leak": ""}}
     linear["tremble4"] = {"change_nmse": "0.8", "change_leak": ""}
-    figures.plot_tolerance(summarise(rows, "success", []), runs, linear, Path("tolerance.png"))
+    figures.plot_tolerance(aggregate(rows, "success", []), runs, linear, Path("tolerance.png"))
     noise, noise_probes, tremble, tremble_probes = drawn["tolerance.png"].axes  # one kept fraction: no curve
     assert noise.get_xlabel().startswith("white noise") and tremble.get_xlabel().startswith("tremble")
     assert [label.get_text() for label in noise.get_xticklabels()] == ["0", "0.5", "1"]
@@ -141,14 +141,14 @@ def test_tolerance_has_a_row_for_each_way_to_be_worse(drawn):
 def test_leak_against_success(drawn):
     """Only methods of the table, and budgets that several of them share; all, if none is shared."""
     rows, runs = tolerance_runs()
-    figures.plot_leak(summarise(rows, "success", []), runs, rows, Path("leak.png"))
+    figures.plot_leak(aggregate(rows, "success", []), runs, rows, Path("leak.png"))
     (axes,) = drawn["leak.png"].axes
     assert axes.get_title() == "2 labelled episodes" and labels(axes) == ["first", "second", "third"]
     points = {tuple(np.round(points.get_offsets()[0], 3)) for points in axes.collections}
     assert points == {(0.45, 0.1), (0.2, 0.6), (0.25, 0.5)}
 
     rows = make_scores("first", ("2",), 0.1) + make_scores("second", ("8",), 0.6)
-    figures.plot_leak(summarise(rows, "success", []), runs, rows, Path("apart.png"))
+    figures.plot_leak(aggregate(rows, "success", []), runs, rows, Path("apart.png"))
     titles = [axes.get_title() for axes in drawn["apart.png"].axes]
     assert titles == ["2 labelled episodes", "8 labelled episodes"]
     assert labels(drawn["apart.png"].axes[-1]) == ["first", "second"]
@@ -158,12 +158,12 @@ def test_leak_against_success(drawn):
     own = []
     for name, budget, leak in (("first", "2", 0.4), ("first", "8", 0.1), ("second", "2", 0.0)):
         own.append(make_run(name, labelled_episodes=[budget], leak_probe_r2=leak))
-    figures.plot_leak(summarise(rows, "success", []), own, rows, Path("own.png"))
+    figures.plot_leak(aggregate(rows, "success", []), own, rows, Path("own.png"))
     two, eight = drawn["own.png"].axes
     assert len(two.collections) == 2 and len(eight.collections) == 1
 
     one = make_scores("first", ("2",), 0.1)
-    assert figures.plot_leak(summarise(one, "success", []), runs, one, Path("one.png")) is None
+    assert figures.plot_leak(aggregate(one, "success", []), runs, one, Path("one.png")) is None
 
 
 def test_heat_map_of_embedding_targets(drawn):

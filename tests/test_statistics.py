@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 
 from common.statistics import (
+    aggregate,
     checked,
     compare,
     iqm,
@@ -14,7 +15,6 @@ from common.statistics import (
     mean_ratio,
     replicates,
     stratified_bootstrap_ci,
-    summarise,
     win_rate,
 )
 
@@ -232,7 +232,7 @@ def test_table_has_the_matrix_of_common_seeds():
     rows += rows_of("split", [[0.1]], tasks="a")
     rows += [row | {"seed": 1} for row in rows_of("split", [[0.1]], tasks="b")]
     rows += rows_of("bc-all", [[None, 0.5], [0.7, 0.5]], "all")
-    table = summarise(rows, "success", [{"variant": "lapo", "tasks": ["a"]}])
+    table = aggregate(rows, "success", [{"variant": "lapo", "tasks": ["a"]}])
     order = [(entry["labelled"], entry["method"]) for entry in table]
     assert order == [("2", "lapo"), ("2", "split"), ("16", "lapo"), ("all", "bc-all")]
     assert table[2]["matrix"].tolist() == [[0.1, 0.2], [0.3, 0.4]] and table[2]["dropped"] == [2]
@@ -244,8 +244,8 @@ def test_table_has_the_matrix_of_common_seeds():
 
 def test_table_of_pooled_runs_resamples_whole_runs():
     rows = rows_of("lapo", [[0.0] * 8, [1.0] * 8], tasks="abcdefgh")
-    (apart,) = summarise(rows, "success", [{"variant": "lapo", "tasks": [task]} for task in "abcdefgh"])
-    (pooled,) = summarise(rows, "success", [{"variant": "lapo", "tasks": list("abcdefgh")}])
+    (apart,) = aggregate(rows, "success", [{"variant": "lapo", "tasks": [task]} for task in "abcdefgh"])
+    (pooled,) = aggregate(rows, "success", [{"variant": "lapo", "tasks": list("abcdefgh")}])
     assert pooled["pooled"] and pooled["mean_ci"] == (0.0, 1.0)
     assert apart["mean_ci"][0] > 0.1 and apart["mean_ci"][1] < 0.9
 
@@ -256,7 +256,7 @@ def test_comparison_with_the_baselines():
     rows += rows_of("bc-all", [[1.0, 1.0]], "all") + rows_of("other-tasks", [[1.0]], tasks="a")
     rows += rows_of("lapo-frame", few)
     rows += [row | {"seed": row["seed"] + 1} for row in rows_of("later", [[0.5, 0.7], [1.0, 1.0]])]
-    found = {(row["method"], row["base"]): row for row in compare(summarise(rows, "success", []))}
+    found = {(row["method"], row["base"]): row for row in compare(aggregate(rows, "success", []))}
     of_oracle = {("lapo-oracle", base) for base in ("lapo", "lapo-frame", "bc-few")}
     of_others = {("other-tasks", base) for base in ("lapo", "lapo-frame", "bc-few")}
     of_others |= {("later", base) for base in ("lapo", "lapo-frame", "bc-few")}
@@ -286,7 +286,7 @@ def test_a_comparison_resamples_each_method_in_its_own_way():
     rows = rows_of("lapo", [[0.0] * 8, [0.4] * 8], tasks="abcdefgh")
     rows += rows_of("lapo-oracle", [[0.5] * 8, [1.0] * 8], tasks="abcdefgh")
     runs = [{"variant": "lapo", "tasks": list("abcdefgh")}]  # one model for all
-    (row,) = compare(summarise(rows, "success", runs))
+    (row,) = compare(aggregate(rows, "success", runs))
     x, y = np.repeat([[0.5], [1.0]], 8, 1), np.repeat([[0.0], [0.4]], 8, 1)
     expected = stratified_bootstrap_ci(x, y, statistic=mean_difference, pooled=(False, True))
     assert row["mean_difference_ci"] == expected
