@@ -1,7 +1,7 @@
 """Trajectories of Distracting MetaWorld with and without a moving background, and embeddings of their frames.
 
     python collect.py                                      quick: drawer-open, 80 episodes, oracle embeddings
-    python collect.py paper --videos davis                 MT10, 5000 episodes a task, DAVIS-2017 backgrounds
+    python collect.py paper --videos davis                 MT10, 5000 episodes per task, DAVIS-2017 backgrounds
     python collect.py --videos my_clips/ --out data/clips  video files or folders of frames as backgrounds
     python collect.py --prompt blind                       adds the embeddings of another prompt
     python collect.py --out data/mine --encoder <hub id>   also of clips that import_videos.py imported
@@ -44,7 +44,7 @@ class Args:
     tasks: tuple[str, ...] = ("drawer-open",)
     """MetaWorld tasks, with or without "-v3"; `mt10` stands for the ten of MT10"""
     episodes_per_task: int = 80
-    """episodes a task (lam_vlm.py keeps the last fifth for its probes: 64 + 16)"""
+    """episodes per task (lam_vlm.py keeps the last fifth for its probes: 64 + 16)"""
     videos: str = "generated"
     """backgrounds: generated, davis, none (no distractors), or a path: folder of clips or DAVIS archive"""
     clips: int = 0
@@ -68,7 +68,7 @@ class Args:
     shard_episodes: int = 5
     """episodes a shard: what a killed run loses at most, for each worker"""
     workers: int = 0
-    """processes; 0: one a core"""
+    """processes; 0: one per core"""
     seed: int = 0
     """seed of goals, backgrounds and noise"""
     out: str = "data/quick"
@@ -249,7 +249,7 @@ def description(args: Args, env_args: dict) -> dict:
     versions = {name: version(name) for name in ("metaworld", "mujoco", "numpy", "pillow")}
     return {
         "size": args.size,
-        "fps": env.metadata["render_fps"],  # environment steps a second
+        "fps": env.metadata["render_fps"],  # environment steps per second
         "arrays": list(ARRAYS),
         "segments": list(SEGMENTS),
         "action": {"names": ["x", "y", "z", "gripper"], "low": -1, "high": 1},
@@ -317,7 +317,7 @@ def summary(meta: dict, out: Path) -> str:
 
 
 def preview(meta: dict, out: Path) -> None:
-    """preview.png: a row a task; frames and their twins at three moments of the first episode."""
+    """preview.png: a row per task; frames and their twins at three moments of the first episode."""
     from common.figures import plot_preview  # here: workers need no matplotlib
 
     rows = []
@@ -336,7 +336,7 @@ def preview(meta: dict, out: Path) -> None:
 
 
 def embed(args: Args, out: Path, meta: dict) -> None:
-    """Caches the embeddings of every frame, a file a shard and key; what is there already is kept."""
+    """Caches the embeddings of every frame, a file per shard and key; what is there already is kept."""
     encoder = make_encoder(
         args.encoder,
         layers=args.layers,

@@ -1,7 +1,7 @@
 """Roll out every policy on unseen backgrounds and goals; success as numbers, tables and pictures.
 
     python eval.py                               every finished run in runs/ -> results/quick
-    python eval.py --runs RUN RUN --episodes 5   two runs, five episodes a task
+    python eval.py --runs RUN RUN --episodes 5   two runs, five episodes per task
     python eval.py paper                         the paper's scale -> results/paper
 
 Per-episode rows are kept in runs/<name>/rollouts.csv: a killed evaluation goes on where it stopped, more
@@ -236,7 +236,7 @@ def roll_out(runs: list[dict], args: Args) -> tuple[dict[Path, dict], int]:
     blocks = []
     for run in runs:
         blocks += plan_blocks(run, rows[run["dir"]], args)
-    blocks.sort(key=lambda block: (block.task, json.dumps(block.env)))  # environments are built once a task
+    blocks.sort(key=lambda block: (block.task, json.dumps(block.env)))  # environments are built once per task
     count = sum(len(block.episodes) for block in blocks)
     workers = min(args.workers or len(os.sched_getaffinity(0)), max(1, len(blocks)))
     jobs = [(roll_out_block, block) for block in blocks]
@@ -272,7 +272,7 @@ def error_rows(runs: list[dict], device: str) -> list[dict]:
 
 
 def action_errors(policy: Actor, data: Dataset, task: str, held_out: np.ndarray) -> list[dict]:
-    """The policy against the true actions of the episodes that training held out: a row a dimension.
+    """The policy against the true actions of the episodes that training held out: a row per dimension.
 
     nmse: squared error over the action's variance, None where it hardly varies; r2: 1 - nmse; rmse: in the
     action's own units (the data set has them scaled to [-1, 1]). Dimension "all": mean of those that vary.

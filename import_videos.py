@@ -4,7 +4,7 @@
     python import_videos.py lerobot_folder --camera wrist      a LeRobot data set, one of its cameras
     python import_videos.py user/name --fps 10 --square pad    the same by its id on the Hugging Face hub
 
-A clip's actions, if there are any, are <clip>.npy or <clip>.csv beside it, a row a frame. Clips in a
+A clip's actions, if there are any, are <clip>.npy or <clip>.csv beside it, a row per frame. Clips in a
 subfolder are of a task of its name. Writes data/<name>/ as collect.py does, without what a video has not:
 twin, segments, states. A command that was cut off goes on where it stopped, to the same bytes.
 """
@@ -41,7 +41,7 @@ class Args:
     square: Literal["crop", "pad"] = "crop"
     """crop: the middle of the picture; pad: all of it between black bars"""
     fps: float = 0.0
-    """frames a second to keep, those nearest in time, with the actions there (positions); 0: all"""
+    """frames per second to keep, those nearest in time, with the actions there (positions); 0: all"""
     episodes: tuple[int, int] = (0, 1_000_000_000)
     """episodes to take, by the source's numbers: the first, and the one after the last"""
     camera: str = ""
@@ -53,7 +53,7 @@ class Args:
     shard_episodes: int = 5
     """episodes a shard: what a killed run loses at most, for each worker"""
     workers: int = 0
-    """processes; 0: one a core"""
+    """processes; 0: one per core"""
 
 
 # ---------------------------------------------------------------------------------------- a folder of clips
@@ -110,7 +110,7 @@ def check_actions(episode: Episode, first: Episode) -> None:
             fail(f"{episode}: its actions are no table of numbers ({error})")
         length, width = episode.actions.shape
         if length != len(episode.times):
-            fail(f"{episode} has {len(episode.times)} frames but {length} rows of actions; a row a frame")
+            fail(f"{episode} has {len(episode.times)} frames but {length} rows of actions; a row per frame")
         if not np.isfinite(episode.actions).all():
             fail(f"{episode}: its actions are not finite")
         if len(episode.names) != width:

@@ -69,7 +69,7 @@ class Args:
     updates: int = 3000
     """updates of a training"""
     batch_size: int = 512
-    """samples an update of the mini-batch training"""
+    """samples per update of the mini-batch training"""
     seed: int = 0
     """seed of the weights and samples"""
     json: bool = False

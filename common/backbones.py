@@ -3,8 +3,8 @@
     states, logits, targets = backbone(frames, task, subtask)
 
 frames: uint8 (B, F, 3, H, W); task (B,): index of its instruction; subtask (B,): index of the text to say, or
-None. states (B, queries, width): the hidden states of the query tokens, which stand behind frames and
-instruction. logits (B, T, words) and targets (B, T), -100 behind a text's end: the text stands behind the
+None. states (B, queries, width): the hidden states of the query tokens, which come after frames and
+instruction. logits (B, T, words) and targets (B, T), -100 past a text's end: the text comes after the
 queries, and each of its words sees those before it alone.
 """
 
@@ -81,7 +81,7 @@ class TinyBackbone(nn.Module):
         self.say = nn.Linear(width, len(number))
 
     def numbers(self, texts: list[str], number: dict[str, int]) -> Tensor:
-        """(texts, L) int64: each text's words, its end, and -100 behind."""
+        """(texts, L) int64: each text's words, its end, and -100 after it."""
         rows = [torch.tensor([number[word] for word in [*split_words(text), END]]) for text in texts]
         if not rows:
             return torch.zeros(0, 1, dtype=torch.long)
@@ -206,8 +206,8 @@ class VLMBackbone(nn.Module):
         output = self.model(**inputs, output_hidden_states=True, use_cache=False)
         states = output.hidden_states[-1][is_query].view(len(frames), self.n_queries, -1)
         last_query = ids.shape[1] - 1 - is_query.flip(1).int().argmax(1)  # (B,)
-        behind = torch.arange(ids.shape[1], device=ids.device) > last_query[:, None]
-        targets = torch.where(behind, ids, -100)
+        is_text = torch.arange(ids.shape[1], device=ids.device) > last_query[:, None]
+        targets = torch.where(is_text, ids, -100)
         return states, output.logits[:, :-1], targets[:, 1:]
 
 

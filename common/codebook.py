@@ -71,7 +71,7 @@ class LatentNorm(nn.Module):
 
 
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (codes, dim) and one std a code (codes, 1) of latents (B, codes, dim)."""
+    """Mean (codes, dim) and one std per code (codes, 1) of latents (B, codes, dim)."""
     mean = z.mean(0)
     return mean, (z - mean).square().mean((0, 2)).sqrt()[:, None] + 1e-6
 

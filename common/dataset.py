@@ -138,7 +138,7 @@ class Dataset:
         tasks = [self.tasks.index(shard["task"]) for shard in self.shards]
         self.task = np.repeat(tasks, frames)
         self.episode = self.columns["episode"].whole().astype(np.int64)
-        number = self.task * (self.episode.max() + 1) + self.episode  # one number an episode, over all tasks
+        number = self.task * (self.episode.max() + 1) + self.episode  # one number per episode, over all tasks
         starts = np.flatnonzero(np.diff(number, prepend=-1))
         length = np.diff(np.append(starts, len(number)))
         self.first = np.repeat(starts, length)

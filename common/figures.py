@@ -57,7 +57,7 @@ def in_order(values: Collection) -> list:
 
 @plt.rc_context(STYLE | {"axes.grid.axis": "x"})
 def plot_success(table: list[dict], path: Path, label: str = "success") -> Path | None:
-    """IQM with CI: a row a method, the highest on top; a colour a label budget; faint dots: single runs."""
+    """IQM with CI: a row per method, the highest on top; a colour per label budget; faint dots: single runs."""
     if not table:
         return None
     budgets = in_order(entry["labelled"] for entry in table)
@@ -112,7 +112,7 @@ def shared_budgets(table: list[dict], methods: Collection[str]) -> list[str]:
 
 @plt.rc_context(STYLE)
 def plot_leak(table: list[dict], runs: list[dict], scores: list[dict], path: Path) -> Path | None:
-    """How much of the background a run's latents explain, against its success; a panel a label budget.
+    """How much of the background a run's latents explain, against its success; a panel per label budget.
 
     scores: rows of scores.csv. Only methods of the table are shown.
     """

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-GRID = 8  # squares a side in which the background's colour is averaged
+GRID = 8  # squares per side in which the background's colour is averaged
 VARIES = 1e-3  # an action dimension of less variance is left out
 
 

@@ -83,7 +83,7 @@ def decode(episode: Episode) -> Iterator[tuple[int, av.VideoFrame]]:
         return
     with av.open(str(episode.file)) as video:
         stream = video.streams.video[0]
-        stream.codec_context.thread_count = 1  # a process a core is faster
+        stream.codec_context.thread_count = 1  # a process per core is faster
         if not episode.camera:
             yield from enumerate(video.decode(stream))
             return

@@ -1,7 +1,7 @@
 """What a data set is on disk: write, check, lock, read; and how its shards are divided among processes.
 
 data/<name>/meta.json                         what the data set is, and its shards with their checksums
-data/<name>/<task>/shard_00000/<array>.npy    a row a frame, see ARRAYS
+data/<name>/<task>/shard_00000/<array>.npy    a row per frame, see ARRAYS
 data/<name>/<task>/shard_00000/shard.json     the shard's own part of meta.json
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from common import fail
 
 SEGMENTS = ("background", "table", "robot", "object", "goal")  # classes of segments.npy
-ARRAYS = ("frames", "clean", "segments", "actions", "states", "rewards", "success")  # a row a frame
+ARRAYS = ("frames", "clean", "segments", "actions", "states", "rewards", "success")  # a row per frame
 ARRAYS += ("episode", "step", "video")  # where it comes from
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))

@@ -13,8 +13,8 @@ from common import fail
 from common.dataset import Dataset, change_statistics, to_float
 from common.encoders import one_line
 
-GRID = 8  # patches of a frame, a side
-SQUARES = 4  # squares of a patch, a side
+GRID = 8  # patches per side of a frame
+SQUARES = 4  # squares per side of a patch
 SAMPLE = 2000  # transitions that the statistics are taken of
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as DINOv2's processor has them
 DINO_TYPES = ("dinov2", "dinov2_with_registers")
@@ -47,7 +47,7 @@ class Tokens:
         return self.features(self.data.frame(rows)).float()
 
     def text(self, rows: np.ndarray) -> Tensor:
-        """(B,) -> word numbers (B, L), 0 behind the end, or states of the text encoder (B, L, D)."""
+        """(B,) -> word numbers (B, L), 0 past the end, or states of the text encoder (B, L, D)."""
         return self.texts[self.task[rows]].to(self.data.device)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class DINO:
 
 
 def word_numbers(texts: list[str]) -> tuple[Tensor, int]:
-    """(texts, L) int64, 0 behind a text's end, and the number of words, that 0 included."""
+    """(texts, L) int64, 0 past a text's end, and the number of words, that 0 included."""
     words = sorted({word for text in texts for word in text.lower().split()})
     number = {word: index for index, word in enumerate(words, 1)}
     rows = [torch.tensor([number[word] for word in text.lower().split()]) for text in texts]
@@ -106,7 +106,7 @@ def word_numbers(texts: list[str]) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def text_states(source: str, texts: list[str]) -> Tensor:
-    """Last hidden states (texts, L, D) float32 of a frozen text encoder; zero behind a text's end."""
+    """Last hidden states (texts, L, D) float32 of a frozen text encoder; zero past a text's end."""
     check_source(source, "--text")
     with one_line(f"--text {source}"):
         from transformers import AutoModel, AutoTokenizer
