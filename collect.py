@@ -1,7 +1,7 @@
 """Trajectories of Distracting MetaWorld with and without a moving background, and embeddings of their frames.
 
     python collect.py                                      quick: drawer-open, 80 episodes, oracle embeddings
-    python collect.py paper --videos davis                 MT10, 5000 episodes per task, DAVIS-2017 backgrounds
+    python collect.py paper --videos davis                 MT10, 5000 episodes per task, DAVIS backgrounds
     python collect.py --videos my_clips/ --out data/clips  video files or folders of frames as backgrounds
     python collect.py --prompt blind                       adds the embeddings of another prompt
     python collect.py --out data/mine --encoder <hub id>   also of clips that import_videos.py imported

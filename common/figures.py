@@ -57,7 +57,7 @@ def in_order(values: Collection) -> list:
 
 @plt.rc_context(STYLE | {"axes.grid.axis": "x"})
 def plot_success(table: list[dict], path: Path, label: str = "success") -> Path | None:
-    """IQM with CI: a row per method, the highest on top; a colour per label budget; faint dots: single runs."""
+    """IQM with CI: a row per method, the best on top; a colour per label budget; faint dots: single runs."""
     if not table:
         return None
     budgets = in_order(entry["labelled"] for entry in table)

@@ -73,7 +73,7 @@ def correlations(z: Tensor, noise: Tensor, states: int) -> tuple[np.ndarray, np.
 def nonlinear(scales: np.ndarray, seeds: int, updates: int) -> dict[str, np.ndarray]:
     """MLP LAMs on random nonlinear observations, for each background scale and seed: {name: (scales, seeds)}.
 
-    da = dx = dz = 2, ds = 4, 16 observed numbers; f is one random network per seed. linear_leak is that of the
+    da = dx = dz = 2, ds = 4, 16 observed numbers; f is one random network per seed. linear_leak: that of the
     closed form, innovation PCA of o; leak and r2 are of MLP IDM and FDM trained on o' (raw) or f(s', 0)
     (clean). z's share of o is taken out by holding o fixed: 64 states, 64 (a, eta) each. r2: action explained
     by z, leak: as in linear_lam.measures.
