@@ -102,7 +102,7 @@ def named_segments(text: str, object: str) -> list[int]:
     negations = {"not", "dont", "ignore", "without", "no", "avoid", "disregard", "never", "rather"}
     asked, refused = set(), set()
     text = text.lower().replace("’", "'").replace("'s", "").replace("'", "")  # the robot's; don't
-    text = re.sub(r"\b(other than|apart from)\b", "except", text)
+    text = re.sub(r"\b(other than|apart from|(?<=everything )but|(?<=anything )but)\b", "except", text)
     for sentence in re.split(rf"[.!?;:]|\bbut\b|(?:,|\band\b)\s*(?=(?:{ASKING})\b)", text):
         found, other = asked, refused
         for word in re.findall(r"\w+", sentence):

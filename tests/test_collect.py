@@ -268,6 +268,8 @@ def test_shards_have_the_bytes_of_numpy(tmp_path):
         ("Ignore everything except the robot arm.", {"robot"}),
         ("Do not describe anything other than the drawer.", {"object", "goal"}),
         ("Describe everything except the background.", set(SEGMENTS) - {"background"}),
+        ("Describe everything but the background.", set(SEGMENTS) - {"background"}),
+        ("Do not describe anything but the arm.", {"robot"}),
         ("Focus on the robot arm and the objects.", {"robot", "object", "goal"}),
         ("Look at the arm rather than the table. Avoid the background.", {"robot"}),
     ],
