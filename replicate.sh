@@ -75,6 +75,7 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
   script=univla.py
   train univla-clean-data_s0 $on
   train univla-code-clean-data_s0 $on --clone-as code
+  train univla-ti-code-clean-data_s0 $on --cloned ti --clone-as code
   train univla-untrained-clean-data_s0 $on --lam-updates 1 --variant univla-untrained-clean-data
   train univla-untrained_s0 ${on/-clean/} --lam-updates 1 --variant univla-untrained ;;
 latbot) # the same tasks; its labels train all stages, so that each budget is a run

@@ -19,7 +19,7 @@ LINES = {  # at most
     "latbot.py": 692,
     "eval.py": 435,
     "linear_lam.py": 652,
-    "replicate.sh": 228,
+    "replicate.sh": 229,
     "README.md": 200,
 }
 MODULE_LINES = 620  # of a file in common/
