@@ -352,8 +352,7 @@ def train_teacher(run: Run, windows: Windows, args: Args) -> Tensor:
         schedule.step()
         step.log(loss=loss, target_loss=target_loss)
 
-    # the latents of all windows are kept: with a large backbone they take hours
-    path, stored, measured = run.folder / "latents.bin", None, {}
+    path, stored, measured = run.folder / "latents.bin", None, {}  # with a large backbone z takes hours
     if run.restored("teacher"):
         stored = load_checkpoint(path, run.identity, run.device)
     if stored:
@@ -517,11 +516,12 @@ def measure_teacher(latents: Tensor, windows: Windows, args: Args) -> dict[str, 
             probed |= {f"{name}_{probe}": measured[probe] for probe in PROBES}
         found.append(probed)
     measured, (budget,) = mean_over_tasks(found), args.labelled_episodes
+    if args.action_weight:  # the teacher has learnt the labelled episodes' actions
+        return measured
     for name, part in parts_of(latents, args).items():
-        if not args.action_weight:  # else the teacher has learnt these episodes' actions
-            latents_of = partial(lambda part, rows: part[data.position(rows)], part)
-            labelled = data.probe_labelled(latents_of, (budget,))
-            measured[f"{name}_labelled_probe_nmse"] = labelled[budget]
+        latents_of = partial(lambda part, rows: part[data.position(rows)], part)
+        labelled = data.probe_labelled(latents_of, (budget,))
+        measured[f"{name}_labelled_probe_nmse"] = labelled[budget]
     return measured
 
 

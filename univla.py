@@ -252,8 +252,7 @@ class LAM(nn.Module):
 
     def observe(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of o_t and o_{t+k} and their change, each standardised, (B, N, D)."""
-        future = rows + self.tokens.data.frame_gap
-        now, after = self.tokens.patches(rows), self.tokens.patches(future)
+        now, after = (self.tokens.patches(rows + gap) for gap in (0, self.tokens.data.frame_gap))
         change = (after - now - self.change_mean) / self.change_std
         return (now - self.mean) / self.std, (after - self.mean) / self.std, change
 
@@ -293,7 +292,8 @@ def train_lam(run: Run, tokens: Tokens, args: Args, stage_1: LAM | None = None) 
             instruction = lam.embed_instruction(t)
             latents = lam.latents(now, after, change, instruction)
             if step.update < WARMUP * args.lam_updates:  # the decoder gets the latents as they are
-                entries, codebook_loss, commitment_loss = latents, *torch.zeros(2, device=run.device)
+                entries = latents
+                codebook_loss = commitment_loss = torch.zeros((), device=run.device)
                 usage = torch.zeros(args.codes, args.codebook, device=run.device)
             else:
                 entries, codebook_loss, commitment_loss = lam.quantise(latents)

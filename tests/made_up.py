@@ -11,6 +11,7 @@ from common.dataset import Dataset
 
 TASKS = ("reach", "push")
 SIZE, EPISODES, LENGTH, GAP = 16, 5, 9, 2  # the last episode is held out; episode e has LENGTH + e frames
+LABEL_ORDERS = [np.random.default_rng([seed, 7]).permutation(EPISODES - 1).tolist() for seed in range(6)]
 ARRAYS = ["frames", "clean", "segments", "actions", "states", "episode", "step"]
 FLAGS = dict(
     method="lapo",

@@ -577,7 +577,7 @@ def test_every_flag_has_help(capsys):
         assert " ".join(doc.value.value.split()) in text
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_each_tasks_prompt_names_its_own_object(monkeypatch, tmp_path):

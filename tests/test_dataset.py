@@ -296,7 +296,7 @@ def test_latents_are_exported_with_their_keys(made_up, tmp_path):
     assert len(set(itertools.chain(stored))) == len(rows)
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_rows_of_statistics_and_probes_are_drawn_from_all_episodes(made_up, monkeypatch):

@@ -470,7 +470,7 @@ def test_a_tiny_vlm_from_end_to_end(tiny_data, tmp_path):
         assert key in ranked.stdout, ranked.stdout
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_the_oracle_averages_squares():

@@ -600,7 +600,7 @@ def test_encoders_that_do_not_load_are_one_line(tmp_path, monkeypatch):
     assert "missing: torchvision" in refused(tiny_model("llava"))
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_register_tokens_are_no_patches(tmp_path):

@@ -383,7 +383,7 @@ def test_the_environment_is_imported_without_torch():
     assert done.returncode == 0, done.stderr
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_the_video_runs_at_its_pace_and_both_ways(make_env):

@@ -829,7 +829,7 @@ def test_chunks_are_executed_in_part(lab, monkeypatch):
     assert [keys[0][3] for _, keys in asked[first:]][:2] == [0, 8], "a chunk has eight"
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_runs_of_one_task_are_each_played_in_their_own_environment(lab):

@@ -707,7 +707,7 @@ def test_a_folder_that_another_process_writes(clips, tmp_path):
     assert lock
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_actions_of_all_tasks_have_one_scale(tmp_path):

@@ -279,7 +279,7 @@ def test_comparison_with_the_baselines():
     assert found["lapo", "bc-few"]["mean_difference"] == pytest.approx(0.2)
 
 
-# ======== killing tests
+# ------------------------------------------------------------ what a slip of one line would change
 
 
 def test_a_comparison_resamples_each_method_in_its_own_way():
