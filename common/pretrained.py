@@ -45,6 +45,7 @@ class Pretrained(Encoder):
     known_pools = ("text", "last", "image", "all")
     layers, pools = (-2,), ("text",)
     prefix_of_name = ""
+    shown_whole = False  # whether the cutting of pictures into tiles was switched off
 
     def __init__(self, name: str, config: dict, batch: int, size: int, split_tiles: bool, temperature: float):
         cuda = torch.cuda.is_available()
@@ -72,6 +73,8 @@ class Pretrained(Encoder):
         if size:
             self.name += f"-s{size}"
         if not split_tiles:
+            if not self.shown_whole:
+                fail(f"--encoder {self.path} cuts no picture into tiles: leave out --no-split-tiles")
             self.name += "-whole"
         self.model.eval().to(self.device)
         if self.depth:
@@ -185,10 +188,12 @@ class NativeVLM(Pretrained):
             if hasattr(pictures, name):
                 setattr(pictures, name, whole)
                 self.picture_options[name] = whole  # some processors have a default of their own
+                self.shown_whole = True
         if hasattr(pictures, "image_grid_pinpoints"):  # LLaVA-NeXT: the picture and one tile are the least
             side = self.model.config.vision_config.image_size
             pictures.image_grid_pinpoints = [[side, side]]
             self.model.config.image_grid_pinpoints = [[side, side]]
+            self.shown_whole = True
 
     def add_image_token_if_needed(self) -> None:
         """Without a chat template some processors add the image tokens, others want one in the text."""

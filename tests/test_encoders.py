@@ -267,6 +267,12 @@ def test_tile_splitting_can_be_switched_off(name, cut, whole):
     run(one, frame)
 
 
+@pytest.mark.parametrize("name", ["llava", "molmo", "dinov2"])
+def test_where_nothing_cuts_tiles_the_switch_is_refused(name):
+    with pytest.raises(SystemExit, match="cuts no picture into tiles: leave out --no-split-tiles"):
+        encoder_of(name, split_tiles=False)
+
+
 # ------------------------------------------------------------------------------------ processors
 
 
