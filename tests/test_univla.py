@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from conftest import kill_when, refusal, run_script, start_script
+from conftest import ROOT, kill_when, refusal, run_script, start_script, torchrun
 from made_up import LABEL_ORDERS, SIZE, TASKS, make_data
 from torch import nn
 
@@ -413,6 +413,38 @@ def test_killed_and_resumed_equals_uninterrupted(made_up, tmp_path):
     hashes = [{name: stage["sha256"] for name, stage in each["per_stage"].items()} for each in summaries]
     assert hashes[0] == hashes[1] and set(hashes[0]) == {"ti", "tc", "bc", "decoder_1", "decoder_2"}
     assert summaries[0]["tc_action_probe_nmse"] == summaries[1]["tc_action_probe_nmse"]
+
+
+BOTH_STAGES = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, univla
+args = univla.parse_args(sys.argv[1:])
+run, tokens = univla.open_run(args)
+first = univla.train_lam(run, tokens, args)
+second = univla.train_lam(run, tokens, args, first)
+for stage, lam in (("ti", first), ("tc", second)):
+    torch.save(lam.state_dict(), f"{{stage}}{{univla.RANK}}.pt")
+run.close()
+"""
+
+
+def test_two_ranks_stay_one_model(made_up, tmp_path):
+    """Weights, codebooks with their restarts, and running means; the first update is that of one rank."""
+    program = tmp_path / "both_stages.py"
+    program.write_text(BOTH_STAGES)
+    for updates in (1, 30):  # an entry may start again after 20
+        flags = [*SMALL.split(), "--lam-updates", updates, "--data", made_up, "--out", f"two{updates}"]
+        process = torchrun(program, *flags, cwd=tmp_path)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        for stage in ("ti", "tc"):
+            mine, other = (torch.load(tmp_path / f"{stage}{rank}.pt", weights_only=True) for rank in (0, 1))
+            assert all(torch.equal(mine[name], other[name]) for name in mine), (updates, stage)
+    result = run_script("univla.py", *flags, "--lam-updates", 1, "--out", "one1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    losses = [rows_of(tmp_path / name, "ti")[-1]["loss"] for name in ("one1", "two1")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # ------------------------------------------------------------ pretrained parts, tiny and random
