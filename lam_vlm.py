@@ -492,7 +492,7 @@ def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
     at_least(0, args, "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
     at_least(1, args, "latent_dim", "frame_gap", "idm_horizon", "frame_stack", "stem", "batch_size")
-    at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts")
+    at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts", "widths")
     if not 0 < args.probe_fraction < 1:
         fail("--probe-fraction lies between 0 and 1")
     if (args.method == "bc" or args.supervision) and len(args.labelled_episodes) != 1:

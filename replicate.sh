@@ -66,18 +66,18 @@ univla) # one model of the six tasks of main, of each method; 20 test episodes a
     for few in 2 4 8; do train bc-few-pooled-${few}_s$seed $on $few --method bc --variant bc-few-pooled; done
   done
   on="--data data/main-clean --seed 0 $updates --labelled-episodes 2 4 8"
-  train lapo-pooled-clean-data_s0 $on --target pixels --variant lapo-pooled-clean-data
-  train lapo-pooled-z512-clean-data_s0 $on --target pixels --latent-dim 512 --variant lapo-pooled-z512-clean-data
-  for z in "" -z512; do # latent action models of one update: what a random view of the change is worth
-    name=lapo-pooled$z-untrained-clean-data
-    train ${name}_s0 $on --lam-updates 1 --target pixels ${z:+--latent-dim 512} --variant $name
-  done
+  for z in "" -z512; do for of in "" -untrained; do # of one update: what a random view of the change is worth
+    name=lapo-pooled$z$of-clean-data
+    train ${name}_s0 $on ${of:+--lam-updates 1} --target pixels ${z:+--latent-dim 512} --variant $name
+  done; done
   script=univla.py
   train univla-clean-data_s0 $on
   train univla-code-clean-data_s0 $on --clone-as code
   train univla-ti-code-clean-data_s0 $on --cloned ti --clone-as code
   train univla-untrained-clean-data_s0 $on --lam-updates 1 --variant univla-untrained-clean-data
-  train univla-untrained_s0 ${on/-clean/} --lam-updates 1 --variant univla-untrained ;;
+  train univla-untrained_s0 ${on/-clean/} --lam-updates 1 --variant univla-untrained
+  train univla-code_s0 ${on/-clean/} --clone-as code
+  train univla-long_s0 ${on/-clean/} --lam-updates 6000 --stages tc --variant univla-long ;; # its probes alone
 latbot) # the same tasks; its labels train all stages, so that each budget is a run
   main_data; clean_data; evaluate+=" --episodes 20" script=latbot.py stem="--stem 6" # feature maps as of 64 px
   all="--data data/main --seed 0 $stem --labelled-episodes all"

@@ -49,7 +49,7 @@ class Args:
     tasks: tuple[str, ...] = ()
     """tasks of the data set to train on, one model for all of them; none given: all"""
     features: str = "pixels"
-    """pixels: 8 x 8 raw patches; or hub id or folder of a DINOv2, whose patch tokens are predicted"""
+    """pixels: 8 x 8 patches of colours; or hub id or folder of a DINOv2, whose patch tokens are predicted"""
     text: str = "words"
     """instruction of stage 1: words (learnt embeddings), none, or hub id or folder of a text encoder"""
     fdm_sees: Literal["frame", "z"] = "frame"
@@ -424,7 +424,7 @@ def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
     at_least(0, args, "seed", "res_blocks")
     at_least(1, args, "frame_gap", "codes", "code_dim", "width", "heads", "stem", "lam_batch", "batch_size")
-    at_least(1, args, "lam_updates", "bc_updates", "decoder_updates")
+    at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "blocks", "widths")
     at_least(2, args, "codebook")
     if not 0 < args.probe_fraction < 1:
         fail("--probe-fraction lies between 0 and 1")
@@ -471,7 +471,7 @@ def summarise(run: Run, data: Dataset, args: Args, lam: LAM) -> None:
             budgets = run.budgets(*args.labelled_episodes)
             probes[f"labelled_probe_nmse_{kind}"] = data.probe_labelled(latents_of, budgets)
     run.summarise(stage_1 | measured | probes | names | data.record())
-    for name, value in (stage_1 | measured).items():
+    for name, value in measured.items():
         if RANK == 0 and name.endswith("perplexity") and value < 1.5:
             print(f"the codebook has collapsed: {name} {value:.2f}")
         if RANK == 0 and name.endswith("gain") and value < 0.001:
@@ -486,7 +486,7 @@ def main(args: Args) -> None:
     lam = train_lam(run, tokens, args)
 
     # stage 2: codes of the task beside them
-    if args.cloned == "tc" and args.stages != ("ti",):
+    if args.cloned == "tc" and (args.stages != ("ti",) or run.results("tc")):
         lam = train_lam(run, tokens, args, lam)
 
     # stage 3: a policy that predicts latent actions from distracted frames, as in lam_vlm.py

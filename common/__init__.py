@@ -34,9 +34,12 @@ def parse(presets: dict[str, Args], arguments: list[str], doc: str) -> Args:
 
 
 def at_least(bound: float, args: object, *names: str) -> None:
-    """Refuses flags below a bound; nan is below any."""
+    """Refuses flags below a bound, of a tuple each value; nan is below any, and so is an empty tuple."""
     for name in names:
-        if not getattr(args, name) >= bound:
+        value = getattr(args, name)
+        if isinstance(value, tuple):
+            value = min(value, default=float("nan"))
+        if not value >= bound:
             fail(f"--{name.replace('_', '-')} must be at least {bound}")
 
 

@@ -73,7 +73,8 @@ class LatentNorm(nn.Module):
 def moments(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (codes, dim) and one std per code (codes, 1) of latents (B, codes, dim)."""
     mean = z.mean(0)
-    return mean, (z - mean).square().mean((0, 2)).sqrt()[:, None] + 1e-6
+    variance = (z - mean).square().mean((0, 2))[:, None]
+    return mean, (variance + 1e-12).sqrt()  # inside the root, else a variance of 0 has no gradient
 
 
 def shares(codes: Tensor, codebook: int) -> Tensor:

@@ -100,7 +100,7 @@ def word_numbers(texts: list[str]) -> tuple[Tensor, int]:
     """(texts, L) int64, 0 past a text's end, and the number of words, that 0 included."""
     words = sorted({word for text in texts for word in text.lower().split()})
     number = {word: index for index, word in enumerate(words, 1)}
-    rows = [torch.tensor([number[word] for word in text.lower().split()]) for text in texts]
+    rows = [torch.tensor([number[word] for word in text.lower().split()], dtype=torch.long) for text in texts]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), len(words) + 1
 
 
@@ -113,10 +113,10 @@ def text_states(source: str, texts: list[str]) -> Tensor:
 
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    states = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        states = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return (states.last_hidden_state * batch["attention_mask"][..., None]).float()
 
 

@@ -34,7 +34,7 @@ def run_script(script: str | Path, *arguments: object, cwd: Path) -> subprocess.
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def torchrun(script: str, *arguments: object, cwd: Path) -> subprocess.Popen:
+def torchrun(script: str | Path, *arguments: object, cwd: Path) -> subprocess.Popen:
     """Starts a script on two ranks on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / script), *map(str, arguments)]
