@@ -278,7 +278,7 @@ class Expert(nn.Module):
         for name in ("low", "scale", "levels"):
             getattr(self, name).copy_(torch.from_numpy(getattr(windows, name)))
         self.latent_mean.copy_(predicted.mean(0))
-        self.latent_std.copy_(scale_of(predicted, args) + 1e-6)
+        self.latent_std.copy_(scale_of(predicted, args))
 
     def condition(self, predicted: Tensor) -> Tensor:
         """What the expert sees: the student's latents standardised, of them those of --expert-sees."""
@@ -624,10 +624,10 @@ def parse_args(arguments: list[str]) -> Args:
         fail(f"a quarter of --batch-size {args.batch_size} can not be divided among {WORLD} ranks")
     if len(args.labelled_episodes) != 1:
         fail("the teacher trains on one label budget: give one value to --labelled-episodes")
-    if args.latents == "none":
-        args.export = False
-        if args.stages == ("teacher",):
-            fail("--latents none has no teacher")
+    if args.latents == "none" and (args.export or args.stages == ("teacher",)):
+        fail("--latents none has no teacher, and no latents to --export")
+    if (args.latents, args.text, args.stages) == ("none", "none", ("student",)):
+        fail("--latents none --text none leaves the student nothing to learn before the expert")
     if args.latents != "split" and args.expert_sees == "motion":
         fail("--expert-sees motion is for --latents split")
     return args

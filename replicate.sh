@@ -89,17 +89,17 @@ latbot) # the same tasks; its labels train all stages, so that each budget is a 
     on="--data data/main$clean --seed $seed $stem --labelled-episodes $budget" run=$clean-${budget}_s$seed
     train no-latents$run $on --latents none
     if [[ ! $clean ]]; then
-      train latbot-text-all$run $on --text all
-      train no-latents-text-all$run $on --latents none --text all
+      train latbot-text-all-trains$run $on --text all --student trains
+      for text in all none; do train no-latents-text-$text$run $on --latents none --text $text; done
     fi
-    for trains in "" "--student trains"; do # in stage 3 the expert alone is trained, or the student as well
-      [[ ! $trains || $seed == 0 ]] || continue
+    for trains in "" "--student trains"; do # in stage 3 the student as well, as without latents
       run=${trains:+-trains}$clean-${budget}_s$seed
+      train latbot$run $on $trains
+      [[ $clean || $trains && $seed != 0 ]] || train latbot-oracle$run $on $trains --target embedding
+      [[ $trains || $seed == 0 ]] || continue
       train undivided$run $on $trains --latents undivided --action-weight 0
       train split$run $on $trains --action-weight 0
       train actions$run $on $trains --latents undivided
-      train latbot$run $on $trains
-      [[ $clean ]] || train latbot-oracle$run $on $trains --target embedding
     done
   done; done; done ;;
 motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
@@ -108,13 +108,13 @@ motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
   for seed in ${SEEDS:-0}; do for budget in all 8; do
     on="--data data/motion --seed $seed --labelled-episodes $budget --stages teacher" run=-${budget}_s$seed
     for dim in 2 4 8 32; do # of the motion latent beside 64 of the scene; of either; of one undivided latent
-      train motion$dim$run $on --motion-dim $dim --variant motion$dim
-      train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim
+      train motion$dim$run $on --motion-dim $dim --variant motion$dim-$budget
+      train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim-$budget
       half="--motion-dim $((dim / 2)) --scene-dim $((dim / 2))"
-      train undivided$dim$run $on --latents undivided $half --variant undivided$dim
+      train undivided$dim$run $on --latents undivided $half --variant undivided$dim-$budget
     done
-    train undivided72$run $on --latents undivided --variant undivided72
-    for weight in 0 0.1 10; do train weight$weight$run $on --action-weight $weight --variant weight$weight; done
+    train undivided72$run $on --latents undivided --variant undivided72-$budget
+    for w in 0 0.1 10; do train weight$w$run $on --action-weight $w --variant weight$w-$budget; done
   done; done ;;
 views) # what the FDM may see (DETAIL 4), by probes; 512 and 64 episodes with the same held-out ones
   corners='embedding-(z|frame)-(64-noise0|512-noise0.3)-gap1_drawer-open' # four of the runs, also by success

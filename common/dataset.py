@@ -396,8 +396,8 @@ def to_float(frames: Tensor) -> Tensor:
 
 
 def common_std(latents: Tensor) -> Tensor:
-    """One standard deviation for all dimensions of (N, D), each about its own mean."""
-    return (latents - latents.mean(0)).square().mean().sqrt()
+    """One standard deviation for all dimensions of (N, D), each about its own mean; above 0."""
+    return (latents - latents.mean(0)).square().mean().sqrt().clamp_min(1e-6)
 
 
 def random_shift(frames: Tensor, shifts: Tensor, pad: int) -> Tensor:

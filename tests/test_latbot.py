@@ -287,7 +287,10 @@ def test_each_stage_can_learn_a_batch_by_heart(new_run):
     windows.chunk_rows = windows.text_rows = windows.chunk_rows[:3]
     windows.labelled = windows.labelled[:3]
     student = latbot.train_student(run, windows, args, latbot.train_teacher(run, windows, args))
-    latbot.train_expert(run, windows, args, student)
+    expert = latbot.train_expert(run, windows, args, student)
+    rows, actor = windows.labelled, latbot.ChunkActor(expert, windows.data.tasks, "cpu")
+    errors = latbot.first_actions(actor, windows.data, rows).numpy() - windows.data.columns["actions"][rows]
+    assert np.abs(errors).max() < 0.3, "the flow ends at the actions that it was trained on"
     for stage, name, factor in [
         ("teacher", "target_loss", 0.1),
         ("teacher", "arm_loss", 0.1),
@@ -297,6 +300,64 @@ def test_each_stage_can_learn_a_batch_by_heart(new_run):
     ]:
         losses = [row[name] for row in rows_of(run.folder, stage)]
         assert losses[-1] < factor * losses[0], (stage, name, losses[0], losses[-1])
+
+
+def test_the_student_sees_the_first_frame_alone(new_run):
+    """The first logged losses by hand, from the frames of t and no others."""
+    run, windows, args = new_run("--student-updates", 1, "--text", "none")
+    data, latents = windows.data, torch.randn(len(windows.data.transitions), 8)
+    torch.manual_seed(args.seed + 1)
+    student = latbot.Student(windows.domain, args)
+    rng = np.random.default_rng([args.seed, 2, 0])
+    t, _ = rng.choice(data.train, 8), rng.choice(windows.text_rows, 2)
+    shifts = torch.from_numpy(rng.integers(0, 2 * args.max_shift + 1, (8, 2)))
+    with torch.no_grad():
+        predicted = student.latents(random_shift(data.frame(t), shifts, args.max_shift), windows.task(t))
+        expected = latbot.distillation(predicted, latents[data.position(t)], args)
+    latbot.train_student(run, windows, args, latents)
+    (row,) = rows_of(run.folder, "student")
+    assert [row["latent_loss"], row["divergence"]] == pytest.approx([float(e) for e in expected], rel=1e-4)
+
+
+def test_the_action_weight_is_of_the_action_losses(new_run):
+    run, windows, args = new_run("--teacher-updates", 1, "--action-weight", 0.25)
+    latbot.train_teacher(run, windows, args)
+    (row,) = rows_of(run.folder, "teacher")
+    expected = row["target_loss"] + 0.25 * (row["arm_loss"] + row["gripper_loss"])
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_actions_and_states_without_a_label_change_nothing(tmp_path):
+    (labelled,) = LABEL_ORDERS[0][:1]
+    hashes = []
+    for name, changes in (("one", False), ("other", True)):
+
+        def other(array: str, episode: int, changes: bool = changes) -> bool:
+            return changes and array in ("actions", "states") and episode != labelled
+
+        root = make_data(tmp_path / name / "data", other=other)
+        latbot.main(parse(root, tmp_path / name / "run", "--labelled-episodes", 1))
+        summary = json.loads((tmp_path / name / "run/summary.json").read_text())
+        hashes.append({stage: summary["per_stage"][stage]["sha256"] for stage in summary["per_stage"]})
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 3
+
+
+def test_the_students_r2_is_of_the_teachers_latents(new_run, monkeypatch):
+    """Half of a latent that has a mean: 1 - (half its second moment) / its variance."""
+    _, windows, args = new_run("--text", "none")
+    data = windows.data
+    latents = torch.randn(len(data.transitions), 8) + 1
+    held_out = [latents[data.position(rows)] for rows in data.by_task(data.held_out)]
+    guesses = iter([part / 2 for of_task in held_out for part in of_task.split(args.batch_size)])
+    student = latbot.Student(windows.domain, args)
+    monkeypatch.setattr(student, "latents", lambda first, task: next(guesses))
+    found = latbot.measure_student(student, windows, args, latents)
+    for name, dims in (("scene", slice(0, 5)), ("motion", slice(5, 8))):
+        scores = []
+        for of_task in held_out:
+            z = of_task[:, dims]
+            scores.append(1 - float((z / 2).square().sum() / (z - z.mean(0)).square().sum()))
+        assert found[f"{name}_said_r2"] == pytest.approx(np.mean(scores), abs=1e-4)
 
 
 def test_frozen_means_frozen(new_run):
@@ -333,8 +394,9 @@ ROWS = {
 
 @pytest.mark.parametrize("flags", ROWS)
 def test_from_end_to_end(made_up, tmp_path, flags):
-    latbot.main(parse(made_up, tmp_path / "run", *flags.split(), "--export"))
-    assert (tmp_path / "run/latents.parquet").exists() == ("--latents none" not in flags)
+    export = () if "--latents none" in flags else ("--export",)
+    latbot.main(parse(made_up, tmp_path / "run", *flags.split(), *export))
+    assert (tmp_path / "run/latents.parquet").exists() == bool(export)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["variant"].startswith(ROWS[flags].split("-L0")[0]) and summary["script"] == "latbot"
     if "--latents none" not in flags:
@@ -353,6 +415,8 @@ def test_from_end_to_end(made_up, tmp_path, flags):
     chunk = policy.plan(frames, "push", keys)
     assert chunk.shape == (2, 4, 4) and np.abs(chunk).max() <= 1
     assert np.array_equal(policy.plan(frames, "push", keys), chunk), "the keys decide the noise"
+    arm = [policy.plan(frames, task, keys)[..., :-1] for task in ("push", "reach")]
+    assert not np.allclose(*arm, atol=1e-4), "the instruction is read"
     assert not np.array_equal(policy.plan(frames, "push", keys[::-1]), chunk)
     assert np.allclose(policy.plan(frames[1:], "push", keys[1:])[0], chunk[1], atol=1e-5)
 
@@ -408,10 +472,12 @@ def test_golden_step(new_run):
 
 
 def test_killed_and_resumed_equals_uninterrupted(made_up, tmp_path):
-    flags = [*SMALL.split(), "--student-updates", 250, "--data", made_up]
-    path = tmp_path / "killed/student.pt"  # the first checkpoint is of update 200
-    kill_when(start_script("latbot.py", *flags, "--out", "killed", cwd=tmp_path), path.exists)
-    assert torch.load(path, weights_only=True)["update"] == 200
+    flags = [*SMALL.split(), "--student-updates", 250, "--expert-updates", 250, "--data", made_up]
+    flags += ["--student", "trains"]
+    for stage in ("student", "expert_2"):
+        path = tmp_path / f"killed/{stage}.pt"  # the first checkpoint is of update 200
+        kill_when(start_script("latbot.py", *flags, "--out", "killed", cwd=tmp_path), path.exists)
+        assert torch.load(path, weights_only=True)["update"] == 200
     for name in ("killed", "whole"):
         result = run_script("latbot.py", *flags, "--out", name, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
@@ -519,6 +585,8 @@ def test_a_vlm_from_end_to_end(made_up, llava, tmp_path, monkeypatch):
         ("--stem 3", "multiple of"),
         ("--span 40 --frames 3", "longer than a gap of 40"),
         ("--latents none --stages teacher", "has no teacher"),
+        ("--latents none --export", "has no teacher"),
+        ("--latents none --text none --stages student", "nothing to learn"),
     ],
 )
 def test_bad_flags_are_refused(made_up, tmp_path, flags, words):

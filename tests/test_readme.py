@@ -41,8 +41,8 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 SCALES = {  # and how many runs each has at least
     "near": 108,
     "main": 216,
-    "univla": 32,
-    "latbot": 79,
+    "univla": 38,
+    "latbot": 89,
     "motion": 32,
     "ablations": 120,
     "views": 96,
