@@ -32,6 +32,7 @@ import univla
 from common import at_least, fail, parse
 from common.actor import Actor
 from common.dataset import Dataset, chunks
+from common.device import usable
 from common.distracting_metaworld import DistractingMetaWorld
 from common.probes import VARIES
 from common.report import PROBE_COLUMNS, add_probes, make_report, probe_rows, remarks
@@ -370,8 +371,7 @@ def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
     at_least(1, args, "episodes", "envs", "execute")
     at_least(0, args, "workers", "media", "seed")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        fail("torch finds no CUDA device; add --device cpu")
+    usable(args.device)
     return args
 
 

@@ -321,7 +321,7 @@ def train_lam(run: Run, data: Dataset, args: Args) -> LAM:
     probes, measured = data.probes(), {}
     gap = args.frame_gap
     if args.supervision:
-        labelled = np.intersect1d(data.labelled(args.labelled_episodes[0]), data.train)  # with o_{t + gap}
+        labelled = data.labelled_transitions(args.labelled_episodes[0])
 
     for step in run.steps("lam", lam, optimizer, schedule, args.lam_updates):
         t = step.rng.choice(data.train, args.batch_size)[run.share]
@@ -490,9 +490,10 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "max_shift", "res_blocks", "seed", "supervision", "train_episodes")
-    at_least(1, args, "latent_dim", "frame_gap", "idm_horizon", "frame_stack", "stem", "batch_size")
-    at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts", "widths")
+    at_least(0, args, "seed", "res_blocks", "train_episodes", "supervision", "max_shift", "decoder_noise")
+    at_least(0, args, "lr", "decoder_lr", "weight_decay")
+    at_least(1, args, "latent_dim", "fdm_hidden", "idm_horizon", "frame_gap", "frame_stack", "stem", "widths")
+    at_least(1, args, "batch_size", "lam_updates", "bc_updates", "decoder_updates", "decoder_shifts")
     if not 0 < args.probe_fraction < 1:
         fail("--probe-fraction lies between 0 and 1")
     if (args.method == "bc" or args.supervision) and len(args.labelled_episodes) != 1:

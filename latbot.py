@@ -609,7 +609,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "max_shift", "res_blocks", "seed", "action_weight")
+    at_least(0, args, "max_shift", "res_blocks", "seed", "action_weight", "lr", "weight_decay")
     at_least(1, args, "motion_dim", "scene_dim", "span", "tokens", "width", "heads", "blocks", "stem")
     at_least(1, args, "euler_steps", "teacher_updates", "student_updates", "expert_updates", "widths")
     at_least(2, args, "frames")

@@ -31,8 +31,9 @@ near | main | paper) # every method: three tasks and 64 px; six, 96 px, the came
   collect --tasks $tasks $view --videos none --encoder none --out $data-clean
   if [[ $scale == paper ]]; then # what each encoder's FDM is to see: by probes on the labelled episodes of one task
     for id in oracle ${ENCODERS:-}; do for sees in z target frame; do
-      on="--data $data --tasks drawer-open --stages lam --lam-updates 5000 --encoder $(named $id)_best"
-      train view-$(named $id)-$sees $on --fdm-sees $sees --variant view-$(named $id)-$sees
+      on="--data $data --tasks drawer-open --stages lam --lam-updates 5000 --labelled-episodes ${budgets%% *}"
+      on+=" --encoder $(named $id)_best --fdm-sees $sees"
+      train view-$(named $id)-$sees $on --variant view-$(named $id)-$sees
     done; done
     work
   fi

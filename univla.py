@@ -422,7 +422,7 @@ def default_variant(args: Args, data: Dataset) -> str:
 
 def parse_args(arguments: list[str]) -> Args:
     args = parse(PRESETS, arguments, __doc__)
-    at_least(0, args, "seed", "res_blocks")
+    at_least(0, args, "seed", "res_blocks", "lr", "lam_lr", "decoder_lr")
     at_least(1, args, "frame_gap", "codes", "code_dim", "width", "heads", "stem", "lam_batch", "batch_size")
     at_least(1, args, "lam_updates", "bc_updates", "decoder_updates", "blocks", "widths")
     at_least(2, args, "codebook")

@@ -208,6 +208,14 @@ class Dataset:
             chosen |= (self.task[rows] == task) & np.isin(self.episode[rows], order[:count])
         return rows[chosen]
 
+    def labelled_transitions(self, budget: str) -> np.ndarray:
+        """Those of `labelled` that have an o_{t + gap}; a budget without any is refused."""
+        rows = np.intersect1d(self.labelled(budget), self.train)
+        if not len(rows):
+            gap = f"a gap of {self.frame_gap} steps"
+            fail(f"{self.root}: none of the {budget} labelled episodes of a task is longer than {gap}")
+        return rows
+
     def position(self, rows: np.ndarray) -> Tensor:
         """Where transitions `rows` stand in `transitions`, on the device. (N,) int64"""
         return torch.from_numpy(np.searchsorted(self.transitions, rows)).to(self.device)
@@ -294,8 +302,11 @@ class Dataset:
         for budget in budgets:
             measured = []
             for rows in self.by_task(np.intersect1d(self.labelled(budget), self.transitions)):
-                z = encode(rows).flatten(1).double().cpu().numpy()
-                measured.append({budget: labelled_probe(z, self.mean_action(rows), self.first[rows])})
+                value = None  # where these episodes are all shorter than the gap
+                if len(rows):
+                    z = encode(rows).flatten(1).double().cpu().numpy()
+                    value = labelled_probe(z, self.mean_action(rows), self.first[rows])
+                measured.append({budget: value})
             found |= mean_over_tasks(measured)
         return found
 

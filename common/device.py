@@ -13,6 +13,15 @@ from common import fail
 from common.shards import RANK, WORLD
 
 
+def usable(device: str) -> torch.device:
+    """The device of that name; one that can not be used here is refused in one line."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {device} can not be used: {str(error).splitlines()[0]}")
+    return torch.device(device)
+
+
 def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]:
     """Device and precision (DETAIL 12), printed with their reasons; joins the ranks of torchrun."""
     reason = "--device"
@@ -22,12 +31,7 @@ def pick_device(wanted: str, precision: str) -> tuple[torch.device, torch.dtype]
         wanted, reason = "cpu", "no GPU found"
     if wanted == "cuda" and WORLD > 1:
         wanted = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {wanted} can not be used: {str(error).splitlines()[0]}")
-
+    device = usable(wanted)
     if device.type == "cpu":  # flash attention's gradient is slow there; this switch is not CUDA's alone
         torch.backends.cuda.enable_flash_sdp(False)
 

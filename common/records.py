@@ -116,7 +116,7 @@ def stage_order(path: Path, names: tuple[str, ...]) -> tuple:
 
 
 def finished_stages(folder: Path, names: tuple[str, ...], identity: dict) -> dict[str, dict]:
-    """{stage: seconds, updates_per_second, parameters, commit, sha256} of finished stages' checkpoints."""
+    """{stage: seconds, updates_per_second, parameters, commit, trained_on, sha256} of finished ones."""
     stages = {}
     for path in sorted(folder.glob("*.pt"), key=lambda path: stage_order(path, names)):
         checkpoint = load_checkpoint(path, identity, "cpu")
@@ -127,6 +127,7 @@ def finished_stages(folder: Path, names: tuple[str, ...], identity: dict) -> dic
                 "updates_per_second": round(checkpoint["update"] / max(seconds, 1e-9), 2),
                 "parameters": checkpoint["parameters"],
                 "commit": checkpoint.get("commit", "none"),
+                "trained_on": checkpoint.get("trained_on"),
                 "sha256": hash_weights(weights),
             }
     return stages

@@ -245,8 +245,10 @@ def probe_section(runs: list[dict]) -> str:
 
 def origin_of(runs: list[dict]) -> dict[str, str]:
     """Where the numbers come from: the runs and their data, this code and this machine."""
-    stages = [stage for run in runs for stage in run.get("per_stage", {}).values()]
-    trained_at = sorted({stage["commit"] for stage in stages if "commit" in stage})
+    commits = [{stage.get("commit") for stage in run.get("per_stage", {}).values()} for run in runs]
+    trained_at = sorted(set().union(*commits) - {None})
+    if unnamed := sum(not each - {None} for each in commits):
+        trained_at.append(f"{unnamed} runs do not say")
     processor = platform.machine()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -257,7 +259,7 @@ def origin_of(runs: list[dict]) -> dict[str, str]:
         "date": time.strftime("%Y-%m-%d"),
         "runs": ", ".join(run["dir"].name for run in runs),
         "data": ", ".join(sorted({run["data"] for run in runs})),
-        "trained at": ", ".join(trained_at) or "not recorded",
+        "trained at": ", ".join(trained_at),
         "report written at": code_version(),
         "versions": ", ".join(versions),
         "hardware": f"{processor}, {os.cpu_count()} cores",

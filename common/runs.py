@@ -93,6 +93,8 @@ class Run:
         self.dtype = dtype
         self.training: dict[str, Training] = {}
         self.commit = code_version()
+        self.machine = {"device": str(device), "ranks": WORLD, "threads": torch.get_num_threads()}
+        self.machine |= {"numpy": np.__version__, "python": python_version(), "torch": str(torch.__version__)}
         self.share = slice(RANK, None, WORLD)  # this rank's part of a batch that every rank draws as a whole
         self.lock = self.log = None
         if RANK == 0:
@@ -219,6 +221,7 @@ class Run:
             "seconds": training.seconds,
             "parameters": sum(weight.numel() for weight in training.module.parameters()),
             "commit": self.commit,
+            "trained_on": self.machine,
             "finished": training.finished,
             "after": training.before,
             "results": training.results,
@@ -273,11 +276,7 @@ class Run:
             "per_stage": stages,
             "identity": self.identity["run"],
             "data_hash": self.identity["data"],
-            "device": str(self.device),
             "dtype": str(self.dtype),
-            "ranks": WORLD,
-            "threads": torch.get_num_threads(),
-            "versions": {"python": python_version(), "torch": torch.__version__, "numpy": np.__version__},
         }
         write_json(self.folder / "summary.json", summary)
         plot_curves(self.log.rows(), self.folder / "curves.png")

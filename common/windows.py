@@ -35,9 +35,7 @@ class Windows:
         self.span = span
         self.offsets = np.linspace(0, span, frames).round().astype(int)
         self.labelled = data.labelled(budget)  # rows with an action
-        self.chunk_rows = np.intersect1d(self.labelled, data.train)  # those with a whole chunk of them
-        if not len(self.chunk_rows):
-            fail(f"no labelled episode of {data.root} is longer than --span {span}")
+        self.chunk_rows = data.labelled_transitions(budget)  # those with a whole chunk of them
         self.text_rows = data.train if text == "all" else self.chunk_rows  # those whose sub-task is learnt
         subtasks = [] if text == "none" else self.name_subtasks()
         instructions = [data.meta["instructions"][task] for task in data.tasks]

@@ -579,7 +579,7 @@ def test_scores_report_and_figures(lab, capsys):
     assert f"lapo-clean|lapo|16|1|3|{better}" in lines, "on one task, three seeds"
     assert any(line.startswith("lapo-clean|lapo|2|1|3|1.00 [1.00, 1.00]|0.00") for line in lines)
     assert lines.index("undecoded|0.66|–|–|1") < lines.index("probed|0.77|0.20|0.30|1"), "best target first"
-    assert "One run gives no CI" in report and "- trained at: abc\n" in report
+    assert "One run gives no CI" in report and "- trained at: abc, 8 runs do not say\n" in report
     assert "So few runs make" in report and "have different seeds" in report
     for name in ("success", "strip", "leak_vs_success"):
         assert Path(f"results/tiny/{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -673,6 +673,8 @@ def test_presets_and_bad_values():
     for flag in ("episodes", "envs"):
         with pytest.raises(SystemExit, match=f"--{flag} must be at least 1"):
             ev.parse_args([f"--{flag}", "0"])
+    with pytest.raises(SystemExit, match="--device tpu9 can not be used"):
+        ev.parse_args(["--device", "tpu9"])
 
 
 def test_every_flag_has_help(capsys):

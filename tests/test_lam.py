@@ -621,6 +621,8 @@ def one_line(error: pytest.ExceptionInfo) -> str:
         ({"method": "bc", "labelled_episodes": ("1",), "supervision": 1.0}, ["--supervision", "--method bc"]),
         ({"batch_size": 0}, ["--batch-size"]),
         ({"idm_horizon": 0}, ["--idm-horizon"]),
+        ({"lr": float("nan")}, ["--lr"]),
+        ({"widths": (8, 0)}, ["--widths"]),
         ({"device": "tpu9"}, ["tpu9"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -629,6 +631,16 @@ def test_bad_flags_are_refused(new_run, changes, hints):
     with pytest.raises(SystemExit) as error:
         new_run(**changes)
     assert all(hint in one_line(error) for hint in hints), error.value.code
+
+
+def test_labelled_episodes_shorter_than_the_gap(new_run, made_up, tmp_path):
+    """Seed 2 labels the shortest: there is nothing to probe, and nothing to supervise stage 1 with."""
+    short = dict(frame_gap=10, labelled_episodes=("1",), seed=2)
+    lam_vlm.main(lam_vlm.parse_args(flags(data=made_up, out=tmp_path / "whole", **short)))
+    summary = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert summary["labelled_probe_nmse"] == {"1": None} and summary["policy_hash"]["1"]
+    with pytest.raises(SystemExit, match="longer than a gap of 10 steps"):
+        lam_vlm.train_lam(*new_run(**short, supervision=1.0))
 
 
 @pytest.fixture
@@ -848,7 +860,8 @@ def test_two_ranks_train_like_one(new_run, made_up, tmp_path, monkeypatch, targe
         for name in row.keys() & {"loss", "fdm_loss", "action_loss", "action_probe_mse", "leak_probe_r2"}:
             assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-4), (row["stage"], name)
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert summary["ranks"] == 2 and set(summary["policy_hash"]) == set(args.labelled_episodes)
+    assert summary["per_stage"]["lam"]["trained_on"]["ranks"] == 2
+    assert set(summary["policy_hash"]) == set(args.labelled_episodes)
 
 
 def test_a_rank_that_dies_ends_the_job_and_the_same_command_goes_on(made_up, tmp_path):
