@@ -20,7 +20,7 @@ LINES = {  # at most
     "eval.py": 435,
     "linear_lam.py": 652,
     "replicate.sh": 230,
-    "README.md": 200,
+    "README.md": 190,
 }
 MODULE_LINES = 620  # of a file in common/
 DENSE = ("common/textures.py", "common/nonlinear_lam.py")  # formulas
