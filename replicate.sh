@@ -203,9 +203,11 @@ hard | mt10) # bc-all on all of MT10; hard: what the four tasks that main leaves
   if [[ $scale == hard ]]; then
     evaluate+=" --seed 1"
     for task in ${TASKS:-$hard}; do
+      train 64_$task ${few/320/64} $task --variant 64
       train 320_$task $few $task --variant 320
-      train 320-shift12_$task $few $task --max-shift 12 --variant 320-shift12
       train 320-stack2_$task $few $task --frame-stack 2 --variant 320-stack2
+      [[ $task != reach ]] || train 320-shift12_$task $few $task --max-shift 12 --variant 320-shift12
+      [[ $task != peg-insert-side ]] || train 320-long_$task ${few/5000/15000} $task --variant 320-long
       [[ $task == pick-place ]] || continue
       train 1280_$task $many --variant 1280
       train 1280-stack2_$task $many --frame-stack 2 --variant 1280-stack2

@@ -47,7 +47,7 @@ SCALES = {  # and how many runs each has at least
     "ablations": 120,
     "views": 96,
     "encoders": 34,
-    "hard": 14,
+    "hard": 16,
     "mt10": 30,
     "paper": 390,
 }

@@ -19,7 +19,7 @@ LINES = {  # at most
     "latbot.py": 692,
     "eval.py": 435,
     "linear_lam.py": 652,
-    "replicate.sh": 230,
+    "replicate.sh": 232,
     "README.md": 190,
 }
 MODULE_LINES = 620  # of a file in common/
