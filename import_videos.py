@@ -26,8 +26,9 @@ import tyro
 from tqdm import tqdm
 
 from common import at_least, differences, fail, shards
+from common.clip_folder import read_clips
 from common.lerobot import download, read_lerobot
-from common.recordings import Episode, frame_times, read_frames
+from common.recordings import Episode, read_frames
 
 
 @dataclass
@@ -56,65 +57,22 @@ class Args:
     """processes; 0: one per core"""
 
 
-# ---------------------------------------------------------------------------------------- a folder of clips
-
-CLIPS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-
-
-def read_clips(root: Path, args: Args) -> list[Episode]:
-    """An episode a clip, in the order of their paths."""
-    files = sorted(path for path in root.rglob("[!.]*") if path.suffix.lower() in CLIPS)
-    if not files:
-        fail(f"{root} holds no video ({' '.join(CLIPS)}) and no LeRobot data set (meta/info.json)")
-    episodes, shapes = [], []
-    for index in range(len(files))[slice(*args.episodes)]:
-        file = files[index]
-        times, shape = frame_times(file)
-        shapes.append(shape)
-        if abs(shape / shapes[0] - 1) > 0.02:
-            fail(f"the size of the frames varies: {file} has another width : height than {episodes[0]}")
-        fps = (len(times) - 1) / (times[-1] - times[0])
-        task = file.parent.resolve().name.replace("_", " ")
-        steps = np.arange(len(times))
-        episodes.append(Episode(index, task, file, "", 0.0, fps, times, steps, *read_actions(file)))
-    return episodes
-
-
-def read_actions(clip: Path) -> tuple[np.ndarray | list | None, list[str]]:
-    """Rows of the .npy or .csv beside a clip and names of their columns; None if there is no such file."""
-    beside = [clip.with_suffix(suffix) for suffix in (".NPY", ".npy", ".CSV", ".csv")]
-    found = {path.suffix.lower(): path for path in beside if path.exists()}
-    array, text = found.get(".npy"), found.get(".csv")
-    if array:
-        try:
-            return np.load(array, allow_pickle=False), []
-        except (EOFError, ValueError) as error:
-            fail(f"{array} does not read ({error})")
-    if not text:
-        return None, []
-    rows = [line.split(",") for line in text.read_text("utf-8-sig").splitlines() if line]
-    if rows and re.search("[a-df-z]", "".join(rows[0]), re.IGNORECASE):  # 1e-3 is a number
-        return rows[1:], [name.strip(' "') for name in rows[0]]
-    return rows, []
-
-
 # ---------------------------------------------------------------------------------------- actions
 
 
 def check_actions(episode: Episode, first: Episode) -> None:
     """Makes the actions an array (N, A); refuses what does not fit the frames or the first episode's."""
-    if episode.actions is not None:
-        try:
-            episode.actions = np.array(episode.actions, np.float64).reshape(len(episode.actions), -1)
-        except ValueError as error:
-            fail(f"{episode}: its actions are no table of numbers ({error})")
-        length, width = episode.actions.shape
-        if length != len(episode.times):
-            fail(f"{episode} has {len(episode.times)} frames but {length} rows of actions; a row per frame")
-        if not np.isfinite(episode.actions).all():
-            fail(f"{episode}: its actions are not finite")
-        if len(episode.names) != width:
-            episode.names = [f"action_{column}" for column in range(width)]
+    try:
+        episode.actions = np.array(episode.actions, np.float64).reshape(len(episode.actions), -1)
+    except (TypeError, ValueError) as error:
+        fail(f"{episode}: its actions are no table of numbers ({error})")
+    length, width = episode.actions.shape
+    if length != len(episode.times):
+        fail(f"{episode} has {len(episode.times)} frames but {length} rows of actions; a row per frame")
+    if not np.isfinite(episode.actions).all():
+        fail(f"{episode}: its actions are not finite")
+    if len(episode.names) != width:
+        episode.names = [f"action_{column}" for column in range(width)]
     if episode.names != first.names:
         fail(f"{episode} has actions {episode.names}, {first} {first.names}; all must have the same")
 
@@ -141,12 +99,17 @@ def scale_actions(tasks: dict[str, list[Episode]], probe_fraction: float) -> dic
     Returns their names and range in the data's own units, or None without actions.
     """
     training = []
-    for episodes in tasks.values():
-        held_out = shards.held_out_episodes(len(episodes), probe_fraction)
-        training += episodes[: len(episodes) - held_out]
-    if training[0].actions is None:
-        return None
+    for name, episodes in tasks.items():
+        count = len(episodes) - shards.held_out_episodes(len(episodes), probe_fraction)
+        training += episodes[:count]
+        if training[0].actions is None:
+            return None
+        if not any(np.isfinite(episode.actions).all() for episode in episodes[count:]):
+            print(f"{name}: no held-out episode has actions, so there are no probes and no errors of them")
     actions = np.concatenate([episode.actions for episode in training])
+    actions = actions[np.isfinite(actions).all(axis=1)]
+    if not len(actions):
+        fail("only held-out episodes have actions: of each task the last ones, in the order of their paths")
     low, high = actions.min(axis=0), actions.max(axis=0)
     span = np.where(high > low, high - low, 1)
     for episodes in tasks.values():
@@ -177,12 +140,19 @@ def read_source(args: Args) -> list[Episode]:
         root = download(args.path, args.camera)
     if (root / "meta/info.json").exists():
         episodes = read_lerobot(root, args.camera, range(*args.episodes))
+    elif args.camera:
+        fail("--camera is for LeRobot data sets; a clip has one")
     else:
-        episodes = read_clips(root, args)
+        episodes = read_clips(root, range(*args.episodes))
     if not episodes:
         fail(f"{root} has none of the episodes {args.episodes[0]} to {args.episodes[1]}")
+    labelled = [episode for episode in episodes if episode.actions is not None]
+    for episode in labelled:
+        check_actions(episode, labelled[0])
     for episode in episodes:
-        check_actions(episode, episodes[0])
+        if labelled and episode.actions is None:  # nan: a clip without actions among others that have some
+            episode.names = labelled[0].names
+            episode.actions = np.full((len(episode.times), len(episode.names)), np.nan)
         subsample(episode, episodes[0], args.fps)
     return episodes
 
@@ -207,7 +177,7 @@ def describe(args: Args, tasks: dict[str, list[Episode]], texts: dict[str, str],
     episodes = sum(tasks.values(), [])
     rows = hashlib.sha256()
     for episode in episodes:
-        rows.update(episode.file.name.encode() + episode.steps.tobytes())
+        rows.update(os.fsencode(episode.file.name) + episode.steps.tobytes())
         rows.update(b"" if episode.actions is None else episode.actions.tobytes())
     return {
         "source": args.path,
@@ -217,7 +187,7 @@ def describe(args: Args, tasks: dict[str, list[Episode]], texts: dict[str, str],
         "env": None,  # no simulator
         "size": args.size,
         "square": args.square,
-        "fps": args.fps or round(episodes[0].fps, 3),
+        "fps": round(min(args.fps or episodes[0].fps, episodes[0].fps), 3),
         "episode_range": list(args.episodes),
         "shard_episodes": args.shard_episodes,
         "probe_fraction": args.probe_fraction,
@@ -243,7 +213,7 @@ def parse_args(arguments: list[str]) -> Args:
     args = tyro.cli(Args, args=arguments, description=__doc__, prog="import_videos.py")
     at_least(16, args, "size")
     at_least(1, args, "shard_episodes")
-    at_least(0, args, "fps", "workers")
+    at_least(0, args, "fps", "workers", "episodes")
     if not 0 < args.probe_fraction < 1:
         fail("--probe-fraction is a fraction between 0 and 1")
     return args
@@ -284,7 +254,12 @@ def main(args: Args) -> None:
     shards.write_json(out / "meta.json", meta)
     os.close(lock)
     speed = (frames - old) / (time.time() - start)
-    labels = f"actions {', '.join(action['names'])}" if action else "no actions"
+    labels = "no actions"
+    if action:
+        known = sum(np.isfinite(episode.actions).all() for episode in episodes)
+        labels = f"actions {', '.join(action['names'])}"
+        if known < len(episodes):
+            labels += f" of {known} alone"
     what = f"{len(episodes)} episodes of {', '.join(tasks)}; {labels}"
     print(f"{out}: {what}; {frames} frames, {speed:.0f} frames/s")
 

@@ -84,11 +84,18 @@ class Dataset:
         self.size = self.meta["size"]
         env = self.meta["env"]  # None: of videos
         self.undistracted = env is not None and env["videos"] == "none"
-        wanted = [task.removesuffix("-v3") for task in tasks] or self.meta["tasks"]
+        known = self.meta["tasks"]
+        wanted = [task if task in known else task.removesuffix("-v3") for task in tasks] or known
         self.tasks = tuple(dict.fromkeys(wanted))
         for task in self.tasks:
-            if task not in self.meta["tasks"]:
-                fail(f"{root} has no task {task!r}; it has {', '.join(self.meta['tasks'])}")
+            if task not in known:
+                fail(f"{root} has no task {task!r}; it has {', '.join(known)}")
+        scaled_by = self.meta.get("probe_fraction", probe_fraction)  # of videos: whose range is the actions'
+        if scaled_by != probe_fraction and self.meta["action"]:
+            fail(
+                f"{root} holds out {scaled_by:g} of a task's episodes, by which its actions are scaled, not "
+                f"{probe_fraction:g}: add --probe-fraction {scaled_by:g}, or import it anew"
+            )
         self.target_kind = target
         self.frame_gap = frame_gap
         self.frame_stack = frame_stack
@@ -144,6 +151,11 @@ class Dataset:
         self.first = np.repeat(starts, length)
         self.last = self.first + np.repeat(length - 1, length)
 
+        has_actions = np.zeros(len(starts), bool)
+        if self.action_dim is not None:
+            has_actions = np.isfinite(self.columns["actions"][starts]).all(1)
+        self.has_actions = np.repeat(has_actions, length)  # of videos some episodes may have none
+
         self.n_train, self.n_held_out, self.label_order = [], [], []  # by task
         first_held_out = []
         for index, task in enumerate(self.tasks):
@@ -160,7 +172,9 @@ class Dataset:
             first_held_out.append(n_train)
             self.n_train.append(train_episodes or n_train)
             self.n_held_out.append(n_held_out)
-            self.label_order.append(np.random.default_rng([seed, 7]).permutation(self.n_train[-1]))
+            order = np.random.default_rng([seed, 7]).permutation(self.n_train[-1])
+            of_task = starts[self.task[starts] == index]
+            self.label_order.append(order[self.has_actions[of_task][order]])
         is_train = self.episode < np.array(self.n_train)[self.task]
         is_held_out = self.episode >= np.array(first_held_out)[self.task]
         rows = np.arange(len(self.episode))
@@ -168,7 +182,7 @@ class Dataset:
         self.transitions = np.flatnonzero(has_next)
         self.train = np.flatnonzero(has_next & is_train)
         self.held_out = np.flatnonzero(has_next & is_held_out)
-        self.held_out_actions = np.flatnonzero((rows < self.last) & is_held_out)
+        self.held_out_actions = np.flatnonzero((rows < self.last) & is_held_out & self.has_actions)
         for index, task in enumerate(self.tasks):
             for part in (self.train, self.held_out):
                 if not (self.task[part] == index).any():
@@ -180,6 +194,8 @@ class Dataset:
         text = f"data {self.root}: {', '.join(self.tasks)}; {episodes}; {self.nbytes / 2**20:.0f} MiB {where}"
         if "segments" not in self.columns:
             text += "; without segments there is no leak probe"
+        if self.action_dim is not None and not self.has_actions.all():
+            text += f"; {sum(map(len, self.label_order))} of those to train on have actions"
         return text
 
     def record(self) -> dict:
@@ -197,9 +213,9 @@ class Dataset:
 
     def labelled(self, budget: str) -> np.ndarray:
         """Rows t, with a true action, of a label budget: a number of training episodes per task, or `all`."""
-        most = min(self.n_train)
+        most = min(map(len, self.label_order))
         if budget != "all" and not (budget.isdecimal() and 1 <= int(budget) <= most):
-            valid = f"`all` or a number from 1 to {most} (episodes to train on)"
+            valid = f"`all` or a number from 1 to {most} (episodes to train on, with actions)"
             fail(f"--labelled-episodes takes {valid}, not {budget!r}")
         rows = np.flatnonzero(np.arange(len(self.episode)) < self.last)
         chosen = np.zeros(len(rows), bool)
@@ -267,10 +283,16 @@ class Dataset:
     def probes(self) -> list[tuple[Probes, np.ndarray, np.ndarray]]:
         """For each task: its probes, and the training and held-out transitions whose latents they take.
 
-        A task at a time, for probes of all of them at once would read the task off the latents.
+        A task at a time, for probes of all of them at once would read the task off the latents. Of episodes
+        with actions alone, if there are some to fit on and some to measure on.
         """
-        splits = zip(self.by_task(self.train), self.by_task(self.held_out))
-        return [self.probes_of(*rows) for rows in splits]
+        found = []
+        for splits in zip(self.by_task(self.train), self.by_task(self.held_out)):
+            labelled = [rows[self.has_actions[rows]] for rows in splits]
+            if all(map(len, labelled)):
+                splits = labelled
+            found.append(self.probes_of(*splits))
+        return found
 
     def by_task(self, rows: np.ndarray) -> list[np.ndarray]:
         return [rows[self.task[rows] == task] for task in range(len(self.tasks))]
@@ -279,7 +301,7 @@ class Dataset:
         rng = np.random.default_rng(1)
         rows = [np.sort(rng.permutation(split)[:SAMPLE]) for split in (train, held_out)]
         arrays = {}
-        if "actions" in self.columns:
+        if all(self.has_actions[split].all() for split in rows):
             arrays["actions"] = [self.mean_action(split) for split in rows]
         if "states" in self.columns:
             states = self.columns["states"]
@@ -315,6 +337,8 @@ class Dataset:
         """NMSE of a policy's actions on the held-out episodes, mean over tasks. act: rows (N,) -> (N, A)."""
         measured = []
         for rows in self.by_task(self.held_out_actions):
+            if not len(rows):
+                return None
             truth = self.columns["actions"][rows].astype(np.float64)
             guess = torch.cat([act(part) for part in chunks(rows)]).clamp(-1, 1).double().cpu().numpy()
             measured.append({"policy_nmse": nmse(guess - truth, truth, truth.var(0) > VARIES)})

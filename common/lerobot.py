@@ -23,13 +23,12 @@ def read_lerobot(root: Path, camera: str, numbers: range) -> list[Episode]:
         fail(f"{root} is LeRobot {info.get('codebase_version')}; v2.1 and v3.0 are understood")
     tasks = read_table(root / f"meta/tasks.{ending}").to_pydict()
     indices = tasks.pop("task_index")
-    (texts,) = tasks.values()  # in v3.0 pandas names their column
+    texts = tasks.get("task") or next(iter(tasks.values()), [])  # in v3.0 pandas names their column
     info |= {"camera": choose_camera(root, info["features"], camera), "tasks": dict(zip(indices, texts))}
     files = sorted(root.glob("meta/episodes/*/*.parquet")) or [root / f"meta/episodes.{ending}"]
     rows = [row for file in files for row in read_table(file).to_pylist()]
-    rows = [row for row in rows if row["episode_index"] in numbers]
-    rows.sort(key=lambda row: row["episode_index"])
-    return [lerobot_episode(root, info, row) for row in rows]
+    rows = {row["episode_index"]: row for row in rows if row["episode_index"] in numbers}
+    return [lerobot_episode(root, info, rows[index]) for index in sorted(rows)]
 
 
 def choose_camera(root: Path, features: dict, wanted: str) -> str:

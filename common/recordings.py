@@ -44,7 +44,7 @@ def frame_times(clip: Path) -> tuple[np.ndarray, float]:
             stream = video.streams.video[0]
             packets = [packet for packet in video.demux(stream) if packet.size]
             announced, seconds = stream.frames, float(stream.time_base)
-            shape = stream.width / stream.height
+            shape, length = stream.width / stream.height, (video.duration or 0) / av.time_base
     except (av.FFmpegError, IndexError) as error:
         fail(f"{clip} does not decode as a video ({error})")
     if len(packets) < announced:
@@ -52,7 +52,12 @@ def frame_times(clip: Path) -> tuple[np.ndarray, float]:
     ticks = [packet.dts if packet.pts is None else packet.pts for packet in packets if not packet.is_discard]
     if len(ticks) < 2:
         fail(f"{clip} has {len(ticks)} frames; an episode needs 2 at least")
-    return np.array(sorted(ticks)) * seconds, shape
+    if None in ticks:
+        fail(f"{clip} does not say when its frames are shown")
+    times = np.array(sorted(ticks)) * seconds
+    if not announced and times[-1] < 0.9 * length - 1:  # mkv and webm announce their length alone
+        fail(f"{clip} ends early: its frames last {times[-1]:.1f} of {length:.1f} s")
+    return times, shape
 
 
 def rows_of(file: Path, episode: int, columns: tuple[str, ...]) -> pyarrow.Table:
@@ -71,6 +76,12 @@ def read_table(file: Path, columns: tuple[str, ...] | None = None) -> pyarrow.Ta
         fail(f"{file} is missing, which is part of the data set")
     except (OSError, pyarrow.ArrowException) as error:
         fail(f"{file} does not read ({error})")
+
+
+def check_time(frame: av.VideoFrame, seconds: float, episode: Episode) -> None:
+    """A decoder may leave a broken frame out without a word; then all later ones are another's."""
+    if frame.pts is not None and abs(frame.time - seconds) > 1e-4:
+        fail(f"{episode} does not decode: the frame of {seconds:.3f} s is of {frame.time:.3f} s")
 
 
 def decode(episode: Episode) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -102,12 +113,14 @@ def read_frames(episode: Episode, size: int, how: str) -> np.ndarray:
     try:
         for number, frame in decode(episode):
             if number == wanted[done]:
+                if not episode.camera:
+                    check_time(frame, episode.times[done], episode)
                 frames[done] = square(frame, size, how)
                 shapes.add(f"{frame.width} x {frame.height}")
                 done += 1
             if done == len(wanted):
                 break
-    except (av.FFmpegError, PIL.UnidentifiedImageError) as error:
+    except (av.FFmpegError, OSError) as error:  # of pictures OSError
         fail(f"{episode} does not decode ({error})")
     if done < len(wanted):
         fail(f"{episode} ends early: it has {done} of {len(wanted)} frames")

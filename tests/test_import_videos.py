@@ -22,6 +22,7 @@ from PIL import Image
 
 import import_videos
 from common.dataset import Dataset
+from common.recordings import Episode, frame_times, read_frames
 from common.shards import read_meta
 
 FPS = 10
@@ -294,6 +295,73 @@ def test_other_actions_are_another_data_set(tmp_path):
     for path in source.glob("*.npy"):
         path.unlink()
     assert "3 episodes of clips; no actions; " in run_script(*flags[:-1], "videos", cwd=tmp_path).stdout
+
+
+SMALL = "--target pixels --lam-updates 2 --bc-updates 2 --decoder-updates 2 --batch-size 4".split()
+
+
+def test_clips_of_which_some_have_actions(tmp_path):
+    """Many videos, few of them labelled: all are trained on, and the others' actions are missed nowhere."""
+    source = write_clips(tmp_path / "clips", repeat=2)
+    for episode in (0, 3):
+        (source / f"clip_{episode}.npy").unlink()
+    made = run_script("import_videos.py", source, "--size", 32, "--out", "data", cwd=tmp_path)
+    assert "actions action_0, action_1, action_2 of 3 alone; " in made.stdout, made.stderr
+    data = Dataset(str(tmp_path / "data"))
+    assert data.meta["action"]["low"] == actions_of(1).min(0).tolist()[:1] + actions_of(2).min(0).tolist()[1:]
+    assert set(data.episode[data.train]) == {0, 1, 2, 3}
+    assert set(data.episode[data.labelled("all")]) == set(data.episode[data.labelled("2")]) == {1, 2}
+    with pytest.raises(SystemExit, match="from 1 to 2 .*with actions"):
+        data.labelled("3")
+    run = ("lam_vlm.py", "--data", "data", *SMALL, "--labelled-episodes", 2, "--out", "runs/mine")
+    made = run_script(*run, cwd=tmp_path)
+    assert made.returncode == 0 and "2 of those to train on have actions" in made.stdout, made.stderr
+    summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
+    for value in (summary["action_probe_nmse"], summary["policy_nmse"]["2"]):
+        assert np.isfinite(value)
+    assert run_script("eval.py", "--out", "results", cwd=tmp_path).returncode == 0
+    assert "nan" not in (tmp_path / "results/errors.csv").read_text().lower()
+    assert run_script("linear_lam.py", "--data", "data", "--out", "ranks", cwd=tmp_path).returncode == 0
+
+
+def test_held_out_clips_without_actions(tmp_path):
+    source = write_clips(tmp_path / "clips", repeat=2)
+    (source / "clip_4.npy").unlink()
+    made = run_script("import_videos.py", source, "--size", 32, "--out", "data", cwd=tmp_path)
+    assert "clips: no held-out episode has actions" in made.stdout, made.stderr
+    run = ("lam_vlm.py", "--data", "data", *SMALL, "--labelled-episodes", 2, "--out", "runs/mine")
+    assert run_script(*run, cwd=tmp_path).returncode == 0
+    summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
+    assert summary["action_probe_nmse"] is None and summary["policy_nmse"] == {"2": None}
+    assert run_script("eval.py", "--out", "results", cwd=tmp_path).returncode == 0
+
+
+def test_linked_folders_are_followed_and_hidden_ones_are_not(clips, tmp_path):
+    root = tmp_path / "clips"
+    (root / "lift_the_cup").mkdir(parents=True)
+    (root / "lift_the_cup/0.mp4").write_bytes((clips / "clip_1.mp4").read_bytes())
+    (root / "lift_the_cup/all").symlink_to(root)  # back to where it came from
+    (root / "push").symlink_to(clips)
+    (root / ".trash").mkdir()
+    (root / ".trash/1.mp4").write_bytes(b"hello")
+    meta, episodes = bring_in(root, tmp_path / "data")
+    assert meta["episodes"] == {"lift-the-cup": 1, "push": len(LENGTHS)} and len(episodes) == 6
+
+
+def test_another_share_of_held_out_episodes_is_refused(clips, tmp_path):
+    bring_in(clips, tmp_path / "data", "--probe-fraction", 0.4)
+    with pytest.raises(SystemExit, match="add --probe-fraction 0.4"):
+        Dataset(str(tmp_path / "data"))
+
+
+def test_an_imported_task_may_be_named_like_one_of_metaworld(clips, tmp_path):
+    for name in ("pick", "pick-v3"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        for episode in range(2):
+            path = tmp_path / "clips" / name / f"{episode}.mp4"
+            path.write_bytes((clips / f"clip_{episode}.mp4").read_bytes())
+    bring_in(tmp_path / "clips", tmp_path / "data")
+    assert Dataset(str(tmp_path / "data"), ("pick-v3",)).tasks == ("pick-v3",)
 
 
 def test_clips_without_actions_in_a_folder_for_each_task(clips, tmp_path):
@@ -591,6 +659,28 @@ def nan_in(row: int) -> np.ndarray:
     return actions
 
 
+def cut_mkv(folder: Path) -> None:
+    """Matroska says how long the film is, not how many frames it has."""
+    (folder / "clip_1.mp4").unlink()
+    write_video(folder / "clip_1.mkv", [picture(number % 90) for number in range(100)], g="10")
+    data = (folder / "clip_1.mkv").read_bytes()
+    (folder / "clip_1.mkv").write_bytes(data[: len(data) // 2])
+
+
+def test_frames_that_a_decoder_leaves_out_are_missed(clips):
+    """What the packets say of the times is not what the decoder gives: here every frame is one early."""
+    file = clips / "clip_1.mp4"
+    times, _ = frame_times(file)
+    episode = Episode(1, "", file, "", 0.0, FPS, times + 1 / FPS, np.arange(len(times)), None, [])
+    with pytest.raises(SystemExit, match="does not decode: the frame of 0.100 s is of 0.000 s"):
+        read_frames(episode, HEIGHT, "crop")
+
+
+def latin_csv(folder: Path) -> None:
+    (folder / "clip_1.npy").unlink()
+    (folder / "clip_1.csv").write_bytes("größe,y,z\n".encode("latin-1") + b"1,2,3\n" * LENGTHS[1])
+
+
 BAD_CLIPS = {
     "no video": (lambda folder: [path.unlink() for path in folder.glob("*.mp4")], "no video"),
     "no film in it": (lambda folder: (folder / "clip_1.mp4").write_bytes(b"hello" * 500), "clip_1.mp4"),
@@ -605,8 +695,14 @@ BAD_CLIPS = {
     "width": (save("clip_1.npy", actions_of(1)[:, :2]), "['action_0', 'action_1']"),
     "objects": (save("clip_1.npy", np.array([{}] * 12)), "clip_1.npy"),
     "words": (save("clip_1.npy", np.array(["left"] * 12)), "no table of numbers"),
-    "no actions": (lambda folder: (folder / "clip_1.npy").unlink(), "all must have the same"),
+    "none to train on": (
+        lambda folder: (folder / "clip_0.npy").unlink(),
+        "only held-out episodes have actions",
+    ),
     "empty npy": (lambda folder: (folder / "clip_1.npy").write_bytes(b""), "clip_1.npy"),
+    "no table": (save("clip_1.npy", np.array(3.0)), "no table of numbers"),
+    "cut mkv": (cut_mkv, "clip_1.mkv ends early: its frames last"),
+    "not UTF-8": (latin_csv, "clip_1.csv does not read as UTF-8"),
 }
 
 
