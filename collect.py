@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common import at_least, differences, fail, parse, shards
 from common.distracting_metaworld import DistractingMetaWorld
 from common.encoders import embed_shard, encoder_config, make_encoder
-from common.oracle import PROMPTS, named_segments, prompt_text
+from common.oracle import PROMPTS, Encoder, named_segments, prompt_text
 from common.shards import ARRAYS, RANK, SEGMENTS, WORLD, wait_for_all_ranks
 from common.tasks import INSTRUCTIONS, OBJECTS, task_names
 from common.video_clips import Clips
@@ -335,24 +335,16 @@ def preview(meta: dict, out: Path) -> None:
     plot_preview(rows, out / "preview.png")
 
 
+def encoder_of(args: Args) -> Encoder:
+    names = ("layers", "pools", "background_kept", "otter_temperature", "trust_remote_code", "model_revision")
+    names += ("split_tiles", "blank", "noise_std", "tremble", "bfloat16")
+    flags = {name: getattr(args, name) for name in names}
+    return make_encoder(args.encoder, batch=args.encoder_batch, size=args.encoder_size, **flags)
+
+
 def embed(args: Args, out: Path, meta: dict) -> None:
     """Caches the embeddings of every frame, a file per shard and key; what is there already is kept."""
-    encoder = make_encoder(
-        args.encoder,
-        layers=args.layers,
-        pools=args.pools,
-        background_kept=args.background_kept,
-        otter_temperature=args.otter_temperature,
-        trust_remote_code=args.trust_remote_code,
-        model_revision=args.model_revision,
-        batch=args.encoder_batch,
-        size=args.encoder_size,
-        split_tiles=args.split_tiles,
-        blank=args.blank,
-        noise_std=args.noise_std,
-        tremble=args.tremble,
-        bfloat16=args.bfloat16,
-    )
+    encoder = encoder_of(args)
     if RANK == 0 and (encoder.family == "oracle" or encoder.blank != "none"):
         for prompt in args.prompt:
             if prompt in PROMPTS:
@@ -382,7 +374,7 @@ def parse_args(arguments: list[str]) -> Args:
             fail(f"--{name} is given without a value")
     args.tasks = task_names(args.tasks)
     at_least(0, args, "workers", "noise", "seed", "clips", "video_step", "noise_std", "tremble")
-    at_least(0, args, "encoder_batch", "encoder_size")
+    at_least(0, args, "encoder_batch", "encoder_size", "camera_distance", "otter_temperature")
     at_least(1, args, "episodes_per_task", "max_steps", "after_success", "shard_episodes")
     at_least(16, args, "size")
     for name in ("background_kept", "video_area"):
@@ -398,6 +390,8 @@ def parse_args(arguments: list[str]) -> Args:
 def main(args: Args) -> None:
     out = Path(args.out)
     encoder_config(args.encoder, args.trust_remote_code, args.model_revision)  # a wrong name fails here
+    if args.encoder == "oracle":
+        encoder_of(args)  # so do wrong layers and pools of one that loads in no time
 
     # 1. What the data set is. Rank 0 locks the folder until the end, and the others wait for meta.json.
     if RANK == 0:

@@ -381,7 +381,7 @@ class Dataset:
 def find_embeddings(root: Path, shards: list[dict], wanted: str) -> tuple[str, list[dict]]:
     """The one key of cached embeddings that begins with `wanted`, and each shard's json."""
     folders = [root / shard["shard"] / "embeddings" for shard in shards]
-    keys = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
+    keys = sorted({path.stem for folder in folders for path in folder.glob("[!.]*.json")})
     if not keys:
         fail(f"{root} has no embeddings; make them: python collect.py --out {root} --encoder ...")
     found = [key for key in keys if key.startswith(wanted)]

@@ -109,6 +109,8 @@ def encoder_config(name: str, trust_remote_code: bool = False, model_revision: s
         if not (pinned or model_revision or Path(source).is_dir()):
             fail(f"--encoder {source} runs code of its repository: pin it with --model-revision (a commit)")
         return config
+    if kind in ("blip-2", "instructblip") and not config.get("use_decoder_only_language_model", True):
+        fail(f"--encoder {source} has an encoder-decoder as its language model, which is not understood here")
     native = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" in config
     if not (kind in VISION_MODELS or native or causal):
@@ -265,7 +267,8 @@ def check_embedding(path: Path, expected: dict) -> None:
         whole = record["sha256"] == sha256(path.with_suffix(".npy"))
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{path} or its .npy is damaged; delete both and run again")
-    record = {"arithmetic": expected["arithmetic"]} | record  # an older one does not say it
+    older = {name: expected[name] for name in ("arithmetic", "processor") if name in expected}
+    record = older | record  # which does not say it
     other = [key for key, value in expected.items() if record.get(key) != value]
     if other:
         fail(f"{path} was made with other {', '.join(other)}; delete it and its .npy, and run again")
@@ -275,6 +278,8 @@ def check_embedding(path: Path, expected: dict) -> None:
 
 def write_embedding(path: Path, record: dict, embedding: np.ndarray) -> None:
     """As float16, or as float32 where a number is too large for it."""
+    if not np.isfinite(embedding).all():
+        fail(f"{path}: its numbers are not finite")
     dtype = np.float16
     if np.abs(embedding).max() > np.finfo(np.float16).max:
         dtype = np.float32

@@ -82,6 +82,11 @@ class Pretrained(Encoder):
         else:
             self.known_layers = (-1,)
 
+    def record(self) -> dict:
+        pictures = getattr(self, "processor", None)  # transformers takes torchvision's where it is installed
+        pictures = getattr(pictures, "image_processor", pictures)
+        return super().record() | {"processor": pictures and type(pictures).__name__}
+
     def read(self, model_class: type, strict: bool = False, **source: object) -> None:
         """Loads the weights. A tensor that the file lacks is refused: it would stay random, or NaN."""
         arguments = {"dtype": self.dtype, "output_loading_info": True}
@@ -155,6 +160,7 @@ class NativeVLM(Pretrained):
 
     family = "native_vlm"
     shares: bool | None = None  # not known yet
+    window: int | None = None  # of sliding attention
 
     def load(self, config: dict, temperature: float) -> None:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -162,6 +168,9 @@ class NativeVLM(Pretrained):
 
         self.processor = AutoProcessor.from_pretrained(**self.source)
         self.processor.tokenizer.padding_side = "left"  # so that the last position is the last token
+        template = getattr(self.processor, "chat_template", None)
+        if isinstance(template, str):  # some tell the date: other numbers every day
+            self.processor.chat_template = re.sub(r"strftime_now\([^)]*\)", "'1 January 2026'", template)
         model_class = AutoModelForCausalLM  # Phi-4-multimodal
         if config["model_type"] in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             model_class = AutoModelForImageTextToText
@@ -170,7 +179,9 @@ class NativeVLM(Pretrained):
         if self.image_id is None:
             fail(f"--encoder {self.path}: no image token in its config, so its pools are not defined")
         self.image_marks = (self.image_id,)  # the `text` pool begins after the last of these
-        self.depth = self.model.config.get_text_config().num_hidden_layers
+        text_config = self.model.config.get_text_config()
+        self.depth = text_config.num_hidden_layers
+        self.window = getattr(text_config, "sliding_window", None)
         known = inspect.signature(self.model.forward).parameters
         self.run_arguments = {"output_hidden_states": True}
         if "logits_to_keep" in known:
@@ -214,10 +225,8 @@ class NativeVLM(Pretrained):
 
     def fit_size(self, frame_size: int) -> None:
         """Models of native resolution make 4 tokens of 64 px: a frame is enlarged where that gives more."""
-        cross_attention = (
-            self.model.config.model_type == "mllama"
-        )  # one mark in the text, whatever the picture
-        if self.size or cross_attention:
+        # of mllama one mark in the text stands for any picture
+        if self.size or self.model.config.model_type == "mllama":
             self.size = self.size or frame_size
             return
         sizes = [frame_size, *(size for size in ENLARGED_SIZES if size > frame_size)]
@@ -322,6 +331,8 @@ class NativeVLM(Pretrained):
         """Length of the beginning that all prompts share, if all image tokens are in it and nothing is
         padded; else 0."""
         ids = [inputs["input_ids"][0] for inputs in prompts]
+        if self.window and max(map(len, ids)) >= self.window:
+            return 0  # such a cache can not be cut back
         shortest = min(len(one) for one in ids)
         same = torch.stack([one[: shortest - 1] == ids[0][: shortest - 1] for one in ids]).all(dim=0)
         begin = int(same.long().cumprod(dim=0).sum())

@@ -60,7 +60,7 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
 def targets_of(data: Dataset) -> dict[str, tuple[str, Column]]:
     """{target: (label, its array)}"""
     folders = [data.root / shard["shard"] for shard in data.shards]
-    keys = sorted({path.stem for folder in folders for path in folder.glob("embeddings/*.json")})
+    keys = sorted({path.stem for folder in folders for path in folder.glob("embeddings/[!.]*.json")})
     targets = {}
     for key in keys:
         _, records = find_embeddings(data.root, data.shards, key)

@@ -450,6 +450,7 @@ BAD_FLAGS = {
     "no prompt": ("--prompt", "--prompt is given without a value"),
     "not the oracle": ("--encoder random --background-kept 0.1", "--background-kept is for --encoder oracle"),
     "a clip less than none": ("--clips -1", "--clips"),
+    "nowhere": ("--camera-distance nan", "--camera-distance"),
     "expert fails": ("--max-steps 2 --workers 2 --shard-episodes 1 --episodes-per-task 2", "--max-steps"),
 }
 
@@ -543,6 +544,8 @@ def test_foreign_and_damaged_embeddings_are_refused(copy, tmp_path, damage, suff
 @pytest.mark.parametrize("flags, hint", [(["--layers", 7], "it has 0"), (["--pools", "cls"], "it has all")])
 def test_unknown_layers_and_pools_are_refused(copy, tmp_path, flags, hint):
     assert hint in refused_and_untouched(copy, tmp_path, *flags)
+    result = run_script("collect.py", "--out", "data/new", *flags, cwd=tmp_path)
+    assert hint in refusal(result) and not (tmp_path / "data/new").exists(), "before anything is collected"
 
 
 def test_a_folder_in_use_is_refused(copy, tmp_path):

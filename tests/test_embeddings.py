@@ -68,6 +68,18 @@ def load(shard: Path, name: str) -> np.ndarray:
 # ------------------------------------------------------------------------------------ what a file holds
 
 
+def test_the_object_is_that_of_the_task(shards):
+    """A prompt's "handle" is the drawer's in one task, nothing in another."""
+    encoder = make_encoder("oracle")
+    found = [embed_frames(encoder, shards[0], task, ["Focus on the drawer."]) for task in (TASK, "reach")]
+    assert not np.array_equal(*(embeddings["Focus on the drawer.", 0, "all"] for embeddings in found))
+
+
+def test_numbers_that_are_not_finite_are_not_kept(shards):
+    with pytest.raises(SystemExit, match="not finite"):
+        embed(shards[0], "oracle", noise_std=float("inf"))
+
+
 @pytest.mark.parametrize("name", ["oracle", "llava", "molmo", "dinov2", "otter", "random"])
 def test_embeddings_are_those_of_the_frames(name, shards):
     source = {"otter": f"otter:{tiny_model('clip')}", "oracle": "oracle", "random": "random"}
@@ -89,6 +101,8 @@ def test_embeddings_are_those_of_the_frames(name, shards):
         known = {"family", "encoder", "id", "revision", "prompt", "text", "layer", "pool", "background_kept",
                  "temperature", "encoder_size", "split_tiles", "blank", "noise_std", "tremble", "bfloat16",
                  "frames_sha256", "arithmetic", "dtype", "dim", "sha256"}  # fmt: skip
+        if name != "oracle":
+            known.add("processor")
         assert set(record) == known and record["text"] == text and record["encoder_size"] == 32
         assert record["family"] == {"llava": "native_vlm", "dinov2": "vision"}.get(name, name)
         assert record["temperature"] == (0.07 if name == "otter" else None)

@@ -29,7 +29,6 @@ IMAGE_TOKENS = {  # of a picture of 32 px, in these tiny models
 NEEDS_TORCHVISION = (
     "smolvlm",
     "internvl",
-    "molmo2",
     "fuyu",
 )  # their processors; HAND_MADE stands for those of others
 
@@ -178,6 +177,35 @@ def test_wrong_states_of_a_shared_pass_are_found(monkeypatch):
     monkeypatch.setattr(encoder, "shared_states", a_little_off)
     run(encoder, pictures(2))
     assert encoder.shares is False
+
+
+def test_prompts_longer_than_a_sliding_window_do_not_share(monkeypatch):
+    """Short ones did, and a cache of sliding attention can not be cut back once it is full."""
+    texts = ["zq xj vk wy " * 8, "Describe the image."]
+    alone = [run(encoder_of("gemma3"), pictures(2), [text]) for text in texts]
+    encoder = encoder_of("gemma3")
+    run(encoder, pictures(2))
+    assert encoder.shares
+    window = max(
+        inputs["input_ids"].shape[1] for inputs in encoder.prepare(pictures(1), None, texts, "").values()
+    )
+    monkeypatch.setattr(encoder, "window", window)
+    monkeypatch.setattr(encoder, "shared_states", lambda *_: pytest.fail("shared"))
+    found = run(encoder, pictures(2), texts)
+    for expected in alone:
+        for cell, value in expected.items():
+            assert np.allclose(found[cell], value, atol=1e-5)
+
+
+def test_a_chat_template_that_tells_the_date_tells_the_same_one_every_day(tmp_path):
+    shutil.copytree(tiny_model("llava"), tmp_path / "llava")
+    template = tmp_path / "llava/chat_template.jinja"
+    template.write_text("{{ strftime_now('%H:%M:%S') }} " + template.read_text())
+    encoder = make_encoder(str(tmp_path / "llava"))
+    text = encoder.processor.tokenizer.decode(encoder.inputs(pictures(1), "hi")["input_ids"][0])
+    assert "strftime_now" not in encoder.processor.chat_template
+    assert encoder.processor.chat_template.startswith("{{ '1 January 2026' }}") and text
+    assert encoder.record()["processor"] == type(encoder.processor.image_processor).__name__
 
 
 @pytest.mark.parametrize(
@@ -464,8 +492,14 @@ def refused(name: object, **flags: object) -> str:
     with pytest.raises(SystemExit) as error:
         run(make_encoder(str(name), **flags), pictures(1))
     line = str(error.value)
-    assert "\n" not in line and "--encoder" in line or "encoder " in line
+    assert "\n" not in line and "encoder" in line
     return line
+
+
+def test_an_encoder_decoder_as_language_model_is_refused(tmp_path):
+    config = {"model_type": "blip-2", "use_decoder_only_language_model": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "encoder-decoder" in refused(tmp_path)
 
 
 def test_molmo_runs_remote_code_only_when_asked():
