@@ -158,6 +158,8 @@ class VLMBackbone(nn.Module):
             )
         if self.model.config.model_type in BOTH_WAYS:
             fail(f"--backbone {source}: its words see later ones, so the queries would read the text")
+        if not getattr(self.processor, "chat_template", None):
+            fail(f"--backbone {source} has no chat template, by which frames and instruction become a prompt")
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         tokenizer.add_tokens(list(MARKS), special_tokens=True)
@@ -200,11 +202,15 @@ class VLMBackbone(nn.Module):
         inputs = inputs.to(self.model.device)
         ids = inputs["input_ids"]
         is_query = (ids == self.marks[0]) | (ids == self.marks[1])
-        if subtask is None:  # without logits, which take more memory than all else
+        if (
+            subtask is None and self.model.base_model is not self.model
+        ):  # logits take more memory than all else
             states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             return states[is_query].view(len(frames), self.n_queries, -1), None, None
         output = self.model(**inputs, output_hidden_states=True, use_cache=False)
         states = output.hidden_states[-1][is_query].view(len(frames), self.n_queries, -1)
+        if subtask is None:
+            return states, None, None
         last_query = ids.shape[1] - 1 - is_query.flip(1).int().argmax(1)  # (B,)
         is_text = torch.arange(ids.shape[1], device=ids.device) > last_query[:, None]
         targets = torch.where(is_text, ids, -100)

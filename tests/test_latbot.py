@@ -548,6 +548,12 @@ def test_a_vlm_that_sees_later_words_is_refused(tmp_path):
         VLMBackbone(str(tmp_path / "paligemma"), 4, ["open the drawer"], ["stay"])
 
 
+def test_a_vlm_without_a_chat_template_is_refused(tmp_path):
+    tiny_models.blip_2(tmp_path / "blip_2")
+    with pytest.raises(SystemExit, match="has no chat template"):
+        VLMBackbone(str(tmp_path / "blip_2"), 4, ["open the drawer"], ["stay"])
+
+
 def test_a_vlm_from_end_to_end(made_up, llava, tmp_path, monkeypatch):
     """Its file is in half precision, as most are; weights here are float32."""
     sizes, forward = set(), VLMBackbone.forward
