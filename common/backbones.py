@@ -202,9 +202,8 @@ class VLMBackbone(nn.Module):
         inputs = inputs.to(self.model.device)
         ids = inputs["input_ids"]
         is_query = (ids == self.marks[0]) | (ids == self.marks[1])
-        if (
-            subtask is None and self.model.base_model is not self.model
-        ):  # logits take more memory than all else
+        # logits take more memory than all else
+        if subtask is None and self.model.base_model is not self.model:
             states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             return states[is_query].view(len(frames), self.n_queries, -1), None, None
         output = self.model(**inputs, output_hidden_states=True, use_cache=False)
