@@ -266,8 +266,7 @@ def error_rows(runs: list[dict], device: str) -> list[dict]:
             data = Dataset(run["data"], tuple(run["tasks"]), frame_stack=policy.frame_stack, **split)
             if run.get("shards_hash", data.shards_hash) != data.shards_hash:
                 fail(f"{run['data']} was made anew since {run['dir']} was trained on it; train that again")
-            with_actions = data.held_out[data.has_actions[data.held_out]]
-            for task, held_out in zip(data.tasks, data.by_task(with_actions)):
+            for task, held_out in zip(data.tasks, data.by_task(data.held_out_actions)):
                 names = {"method": run["variant"], "task": task, "seed": run["seed"], "labelled": labelled}
                 if len(held_out):
                     rows += [names | row for row in action_errors(policy, data, task, held_out)]

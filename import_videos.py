@@ -98,24 +98,23 @@ def scale_actions(tasks: dict[str, list[Episode]], probe_fraction: float) -> dic
 
     Returns their names and range in the data's own units, or None without actions.
     """
+    labelled = [episode for episode in sum(tasks.values(), []) if episode.actions is not None]
+    if not labelled:
+        return None
     training = []
     for name, episodes in tasks.items():
         count = len(episodes) - shards.held_out_episodes(len(episodes), probe_fraction)
-        training += episodes[:count]
-        if training[0].actions is None:
-            return None
-        if not any(np.isfinite(episode.actions).all() for episode in episodes[count:]):
+        training += [episode.actions for episode in episodes[:count] if episode.actions is not None]
+        if all(episode.actions is None for episode in episodes[count:]):
             print(f"{name}: no held-out episode has actions, so there are no probes and no errors of them")
-    actions = np.concatenate([episode.actions for episode in training])
-    actions = actions[np.isfinite(actions).all(axis=1)]
-    if not len(actions):
+    if not training:
         fail("only held-out episodes have actions: of each task the last ones, in the order of their paths")
+    actions = np.concatenate(training)
     low, high = actions.min(axis=0), actions.max(axis=0)
     span = np.where(high > low, high - low, 1)
-    for episodes in tasks.values():
-        for episode in episodes:
-            episode.actions = 2 * (episode.actions - low) / span - 1
-    return {"names": training[0].names, "low": low.tolist(), "high": high.tolist()}
+    for episode in labelled:
+        episode.actions = 2 * (episode.actions - low) / span - 1
+    return {"names": labelled[0].names, "low": low.tolist(), "high": high.tolist()}
 
 
 # ---------------------------------------------------------------------------------------- the data set
@@ -128,6 +127,8 @@ def import_shard(folder: Path, episodes: list[Episode], first: int, size: int, h
         arrays = {"frames": read_frames(episode, size, how), "step": episode.steps.astype(np.int32)}
         arrays["episode"] = np.full(len(episode.steps), number, np.int32)
         arrays["episode_index"] = np.full(len(episode.steps), episode.index, np.int64)
+        if episode.names:  # others of the data set have actions: nan stands for those that this one lacks
+            arrays["actions"] = np.full((len(episode.steps), len(episode.names)), np.nan, np.float32)
         if episode.actions is not None:
             arrays["actions"] = episode.actions.astype(np.float32)
         shards.append_rows(temporary, arrays)
@@ -150,9 +151,8 @@ def read_source(args: Args) -> list[Episode]:
     for episode in labelled:
         check_actions(episode, labelled[0])
     for episode in episodes:
-        if labelled and episode.actions is None:  # nan: a clip without actions among others that have some
+        if labelled:  # a clip without actions among others that have some
             episode.names = labelled[0].names
-            episode.actions = np.full((len(episode.times), len(episode.names)), np.nan)
         subsample(episode, episodes[0], args.fps)
     return episodes
 
@@ -256,7 +256,7 @@ def main(args: Args) -> None:
     speed = (frames - old) / (time.time() - start)
     labels = "no actions"
     if action:
-        known = sum(np.isfinite(episode.actions).all() for episode in episodes)
+        known = sum(episode.actions is not None for episode in episodes)
         labels = f"actions {', '.join(action['names'])}"
         if known < len(episodes):
             labels += f" of {known} alone"

@@ -205,9 +205,10 @@ class VLMBackbone(nn.Module):
         # logits take more memory than all else
         if subtask is None and self.model.base_model is not self.model:
             states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            return states[is_query].view(len(frames), self.n_queries, -1), None, None
-        output = self.model(**inputs, output_hidden_states=True, use_cache=False)
-        states = output.hidden_states[-1][is_query].view(len(frames), self.n_queries, -1)
+        else:
+            output = self.model(**inputs, output_hidden_states=True, use_cache=False)
+            states = output.hidden_states[-1]
+        states = states[is_query].view(len(frames), self.n_queries, -1)
         if subtask is None:
             return states, None, None
         last_query = ids.shape[1] - 1 - is_query.flip(1).int().argmax(1)  # (B,)

@@ -492,7 +492,7 @@ def refused(name: object, **flags: object) -> str:
     with pytest.raises(SystemExit) as error:
         run(make_encoder(str(name), **flags), pictures(1))
     line = str(error.value)
-    assert "\n" not in line and "encoder" in line
+    assert "\n" not in line and ("--encoder" in line or "encoder " in line)
     return line
 
 
