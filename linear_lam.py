@@ -4,6 +4,7 @@
     python linear_lam.py --exo-std 2 --rho 0.3     one case: closed form, exact and mini-batch training
     python linear_lam.py --supervision 10 --json   the same as JSON
     python linear_lam.py --data data/quick         ranks cached embeddings as targets, without training
+    python linear_lam.py --teachers runs/latbot-8_drawer-open_s0    what its latents leak, beside theory
     python linear_lam.py --quick                   the study cut to seconds, to see that it runs
 
 Model. o = [s; xi]: endogenous s in R^ds, exogenous xi (the background) in R^dx. s' = s + X a, X with
@@ -34,10 +35,12 @@ from torch import Tensor
 import lam_vlm
 from common import at_least, fail
 from common.dataset import Dataset
-from common.figures import BAD, COLOURS, GOOD, plot_bridge, plot_study
+from common.figures import BAD, COLOURS, GOOD, plot_split, plot_study
+from common.linear_teacher import beside_trained
 from common.nonlinear_lam import nonlinear
-from common.ranking import rank_targets, spearman
-from common.shards import atomic_write, read_json
+from common.ranking import compare, rank_targets, trained_lams
+from common.results import find_runs
+from common.shards import atomic_write
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class Args:
     """with --data: steps between the two frames of a transition; each target is ranked at each of them"""
     tasks: tuple[str, ...] = ()
     """with --data: tasks of the data set, one linear model for all of them; none given: all"""
+    teachers: tuple[str, ...] = ()
+    """finished runs of latbot.py: what their latents leak, beside linear ones on the same data (T7)"""
     train_episodes: int = 0
     """with --data: fit on only the first N episodes of each task; 0: on all that are not held out"""
     quick: bool = False
@@ -304,7 +309,7 @@ def bridge(args: Args, folder: Path) -> None:
     for gap in args.frame_gap:
         data = Dataset(args.data, args.tasks, frame_gap=gap, train_episodes=args.train_episodes)
         rows += rank_targets(data, lam_vlm.QUICK.latent_dim)
-    trained = trained_lams(data, args.train_episodes)
+    trained = trained_lams(data, args.train_episodes, asdict(lam_vlm.QUICK))
     for row in rows:
         seeds = trained.get((row["target"], row["frame_gap"]), [])
         if len(args.frame_gap) > 1:
@@ -324,51 +329,15 @@ def bridge(args: Args, folder: Path) -> None:
     compare(rows, folder / "bridge.png")
 
 
-def trained_lams(data: Dataset, train_episodes: int) -> dict[tuple, list[tuple[float, float | None]]]:
-    """{(target, frame gap): (action_probe_nmse, leak_probe_r2) of each finished stage 1} of default runs.
-
-    Default: on the same tasks and episodes of this data set, stage 1 with the settings that it has there.
-    """
-    names = ["method", "fdm_sees", "latent_dim", "supervision", "idm_horizon", "frame_stack", "widths"]
-    names += ["res_blocks", "stem", "fdm_hidden", "lam_updates", "batch_size", "lr", "weight_decay"]
-    names += ["probe_fraction"]
-    quick = json.loads(json.dumps(asdict(lam_vlm.QUICK)))  # tuples become lists, as in args.json
-    found = {}
-    for path in sorted(Path("runs").glob("*/summary.json")):
-        summary, args = read_json(path), read_json(path.with_name("args.json"))
-        if Path(args["data"]).resolve() != data.root.resolve() or tuple(args["tasks"]) != data.tasks:
-            continue
-        if args.get("train_episodes", 0) != train_episodes:
-            continue
-        if summary.get("shards_hash", data.shards_hash) != data.shards_hash:
-            continue  # collected anew since
-        if "lam" not in summary["stages"] or any(args.get(name) != quick[name] for name in names):
-            continue
-        target = args["target"]
-        if target == "embedding":
-            target = summary["embedding"]["key"]
-        probes = summary["action_probe_nmse"], summary["leak_probe_r2"]
-        found.setdefault((target, args["frame_gap"]), []).append(probes)
-    return found
-
-
-def compare(rows: list[dict], path: Path) -> None:
-    """Rank correlations of linear with trained LAMs, printed and drawn."""
-    both = [row for row in rows if row["seeds"]]
-    if len(both) < 3:
-        advice = "train some (lam_vlm.py --stages lam --encoder KEY) to compare"
-        print(f"{len(both)} of these targets has trained LAMs in runs/; {advice}")
-        return
-    seeds = [row["seeds"] for row in both]
-    count = f"{len(both)} targets, {min(seeds)} to {max(seeds)} seeds"
-    agreement = {}  # {column: Spearman correlation}
-    for column in ("change_nmse", "innovation_nmse", "change_leak", "innovation_leak"):
-        linear = [row[column] for row in both]
-        trained = [row[f"trained_{column.split('_')[1]}"] for row in both]
-        if None not in linear:
-            agreement[column] = spearman(linear, trained)
-            print(f"Spearman of {column} with trained LAMs: {agreement[column]:.2f} ({count})")
-    plot_bridge(both, agreement, path)
+def teachers(args: Args, folder: Path) -> None:
+    """split.csv and split.png: what the latents of latbot.py's teachers leak, beside what T7 says."""
+    rows = beside_trained(find_runs(args.teachers))
+    columns = list(rows[0])
+    lines = [[text_of(row[name]) for name in columns] for row in rows]
+    print(table(columns, [[value or "–" for value in line] for line in lines]))
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "split.csv", "".join(",".join(line) + "\n" for line in [columns, *lines]))
+    plot_split(rows, folder / "split.png")
 
 
 # -------------------------------------------------------------------------------- the study
@@ -606,12 +575,14 @@ def asked_for(arguments: list[str]) -> str:
     """--data, one case (any flag that describes one) or the study; flags without effect there are refused."""
     given = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
     of_data = {"--frame-gap", "--tasks", "--train-episodes"}
-    of_case = given - of_data - {"--data", "--out", "--quick"}
+    of_case = given - of_data - {"--data", "--teachers", "--out", "--quick"}
     what, foreign = "the study", of_data
     if of_case:
         what, foreign = "one case", of_data | {"--out", "--quick"}
     if "--data" in given:
-        what, foreign = "--data", of_case | {"--quick"}
+        what, foreign = "--data", of_case | {"--teachers", "--quick"}
+    elif "--teachers" in given:
+        what, foreign = "--teachers", of_case | of_data | {"--quick"}
     if given & foreign:
         fail(f"{' '.join(sorted(given & foreign))}: not with {what}")
     return what
@@ -639,6 +610,8 @@ def main(arguments: list[str]) -> None:
         base, folder = QUICK, "results/linear_lam_quick"
     if what == "--data":
         bridge(args, Path(args.out or f"results/{Path(args.data).absolute().name}"))
+    elif what == "--teachers":
+        teachers(args, Path(args.out or folder))
     elif what == "one case":
         one_case(args)
     else:

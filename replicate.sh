@@ -116,7 +116,9 @@ motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
     done
     train undivided72$run $on --latents undivided --variant undivided72-$budget
     for w in 0 0.1 10; do train weight$w$run $on --action-weight $w --variant weight$w-$budget; done
-  done; done ;;
+  done; done
+  work
+  run_now linear_lam.py --teachers results/motion/runs/* --out results/motion ;;
 views) # what the FDM may see (DETAIL 4), by probes; 512 and 64 episodes with the same held-out ones
   corners='embedding-(z|frame)-(64-noise0|512-noise0.3)-gap1_drawer-open' # four of the runs, also by success
   tasks=${TASKS:-drawer-open door-open}

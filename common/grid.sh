@@ -2,6 +2,7 @@
 # Variables: scale, list (any text: print, do nothing), preset; script and evaluate are changed by a scale.
 
 script=lam_vlm.py evaluate="eval.py --media 0" runs=()
+[[ ! $list ]] || set -f # patterns are printed as they are
 run_now() { echo python "$@" && { [[ $list ]] || python "$@"; }; }
 collect() { run_now collect.py $preset "$@"; } # FLAGS: makes a data set, or adds embeddings to one
 embed() { for id in ${ENCODERS:-}; do collect --encoder "$id" ${ENCODER_FLAGS:-} "$@"; done; }

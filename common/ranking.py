@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch
 from common import fail
 from common.dataset import Column, Dataset, Moments, find_embeddings
 from common.probes import Ridge, mean_over_tasks
+from common.shards import read_json
 
 GRID = 16  # the linear encoder sees frames as GRID x GRID squares
 
@@ -118,6 +121,57 @@ def linear_encoder(change: np.ndarray, views: np.ndarray, gram: np.ndarray, late
     vectors = np.linalg.eigh(change.T @ change)[1]
     leading = vectors[:, ::-1][:, :latent_dim]
     return np.linalg.solve(gram, views.T @ (change @ leading))
+
+
+def trained_lams(
+    data: Dataset, train_episodes: int, default: dict
+) -> dict[tuple, list[tuple[float, float | None]]]:
+    """{(target, frame gap): (action_probe_nmse, leak_probe_r2) of each finished stage 1} of default runs.
+
+    On the same tasks and episodes of this data set; default: arguments of lam_vlm.py.
+    """
+    names = ["method", "fdm_sees", "latent_dim", "supervision", "idm_horizon", "frame_stack", "widths"]
+    names += ["res_blocks", "stem", "fdm_hidden", "lam_updates", "batch_size", "lr", "weight_decay"]
+    names += ["probe_fraction"]
+    default = json.loads(json.dumps(default))  # tuples become lists, as in args.json
+    found = {}
+    for path in sorted(Path("runs").rglob("summary.json")):
+        summary, args = read_json(path), read_json(path.with_name("args.json"))
+        if Path(args["data"]).resolve() != data.root.resolve() or tuple(args["tasks"]) != data.tasks:
+            continue
+        if args.get("train_episodes", 0) != train_episodes:
+            continue
+        if summary.get("shards_hash", data.shards_hash) != data.shards_hash:
+            continue  # collected anew since
+        if "lam" not in summary["stages"] or any(args.get(name) != default[name] for name in names):
+            continue
+        target = args["target"]
+        if target == "embedding":
+            target = summary["embedding"]["key"]
+        probes = summary["action_probe_nmse"], summary["leak_probe_r2"]
+        found.setdefault((target, args["frame_gap"]), []).append(probes)
+    return found
+
+
+def compare(rows: list[dict], path: Path) -> None:
+    """Rank correlations of linear with trained LAMs, printed and drawn."""
+    from common.figures import plot_bridge
+
+    both = [row for row in rows if row["seeds"]]
+    if len(both) < 3:
+        advice = "train some (lam_vlm.py --stages lam --encoder KEY) to compare"
+        print(f"{len(both)} of these targets has trained LAMs in runs/; {advice}")
+        return
+    seeds = [row["seeds"] for row in both]
+    count = f"{len(both)} targets, {min(seeds)} to {max(seeds)} seeds"
+    agreement = {}  # {column: Spearman correlation}
+    for column in ("change_nmse", "innovation_nmse", "change_leak", "innovation_leak"):
+        linear = [row[column] for row in both]
+        trained = [row[f"trained_{column.split('_')[1]}"] for row in both]
+        if None not in linear:
+            agreement[column] = spearman(linear, trained)
+            print(f"Spearman of {column} with trained LAMs: {agreement[column]:.2f} ({count})")
+    plot_bridge(both, agreement, path)
 
 
 def spearman(x: list[float], y: list[float]) -> float:

@@ -1,0 +1,149 @@
+"""The linear form of latbot.py's teacher on a data set, in closed form: what T7 says that its latents leak.
+
+Latents z = D view, a decoder that is linear in them and in the first frame o (statements: docs/theory.md):
+
+    E|change - P o - W z|^2 / p + action_weight * E|actions - Q o - V z_motion|^2 / q
+
+view: the window's frames. change: of the target, standardised (p dimensions). actions: the window's (q), in
+quantiles, of the labelled episodes. Frames and pictures are seen as squares of mean colours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common import fail
+from common.dataset import Column, Dataset
+from common.probes import Ridge, mean_over_tasks
+from common.ranking import change_scale, features
+from common.shards import read_json
+from common.windows import Windows
+
+TIE = 1e-6  # weight of the change where the actions do not say what the motion latent takes
+
+
+def linear_latents(
+    change: np.ndarray, actions: np.ndarray, action_weight: float, scene_dim: int, motion_dim: int
+) -> np.ndarray:
+    """Weights (p + q, scene_dim + motion_dim), scene first: z = [change, actions] @ weights is white.
+
+    change (N, p), actions (N, q): what the view tells of them beyond o. Both terms as one target make z
+    their PCA (T1, T4), however it is split; the motion latent is that part of it from which the actions are
+    read. motion_dim 0: one undivided latent, from all of which they are. Of actions that vary in more than
+    motion_dim dimensions only the leading ones count, which is not quite the optimum.
+    """
+    p, q = change.shape[1], actions.shape[1]
+    kept = np.eye(q)
+    if 0 < motion_dim < q:
+        leading = np.linalg.eigh(actions.T @ actions)[1][:, -motion_dim:]
+        kept = leading @ leading.T
+    to_target = np.zeros((p + q, p + q))  # [change, actions] -> what is predicted, in units of the loss
+    to_target[:p, :p] = np.eye(p) / p**0.5
+    to_target[p:, p:] = kept * (action_weight / q) ** 0.5
+    target = np.hstack([change, actions]) @ to_target
+    values, vectors = np.linalg.eigh(target.T @ target / len(target))
+    dims = scene_dim + motion_dim
+    scale = np.sqrt(values[-dims:].clip(1e-12))
+    whiten, read = vectors[:, -dims:] / scale, vectors[:, -dims:] * scale  # to z and back
+    needed = read[p:].T @ read[p:] + TIE * read[:p].T @ read[:p]
+    return to_target @ whiten @ np.linalg.eigh(needed)[1]  # ascending: the motion's come last
+
+
+class LinearTeacher:
+    """What the frames of the windows of a data set tell of change and actions, by ridge regressions."""
+
+    def __init__(self, windows: Windows, fdm_sees: str):
+        data = windows.data
+        self.tasks = data.probes()
+        train, held_out = (np.concatenate(rows) for rows in list(zip(*self.tasks))[1:])
+        target = target_of(data)
+        change = features(target, train + windows.span) - features(target, train)
+        change /= change_scale(change, colours=len(target.shape) > 1)
+        self.change_dim = change.shape[1]
+        actions = windows.chunk(windows.chunk_rows)[0].flatten(1).double().cpu().numpy()
+        view_train = view(windows, train)
+        tell_change = Ridge(view_train, change, 0.1)
+        tell_actions = Ridge(view(windows, windows.chunk_rows), actions, 0.1)
+        told = [np.hstack([tell(view_train) for tell in (tell_change, tell_actions)])]
+        told.append(np.hstack([tell(view(windows, held_out)) for tell in (tell_change, tell_actions)]))
+        if fdm_sees == "frame":
+            first = [features(data.columns["frames"], rows) for rows in (train, held_out)]
+            of_first = Ridge(first[0], told[0], 1e-2)
+            told = [both - of_first(frame) for both, frame in zip(told, first)]
+        self.train, self.held_out = (both - told[0].mean(0) for both in told)
+
+    def measure(self, action_weight: float, scene_dim: int, motion_dim: int) -> dict[str, dict]:
+        """{"scene": probes, "motion": probes}, mean over tasks; motion_dim 0: of the undivided, scene."""
+        change, actions = np.split(self.train, [self.change_dim], axis=1)
+        weights = linear_latents(change, actions, action_weight, scene_dim, motion_dim)
+        measured = {}
+        for name, part in zip(("scene", "motion"), np.split(weights, [scene_dim], axis=1)):
+            if part.shape[1]:
+                measured[name] = mean_over_tasks(self.probe(part))
+        return measured
+
+    def probe(self, weights: np.ndarray) -> list[dict]:
+        """Of each task: the probes of the latents that the weights make."""
+        found, begun = [], [0, 0]
+        for probes, *splits in self.tasks:
+            z = []
+            for split, both in enumerate((self.train, self.held_out)):
+                end = begun[split] + len(splits[split])
+                z.append(both[begun[split] : end] @ weights)
+                begun[split] = end
+            found.append(probes.measure(*z))
+        return found
+
+
+def beside_trained(runs: list[dict]) -> list[dict]:
+    """A row for each latent of the teachers of runs of latbot.py: its probes, trained and linear.
+
+    runs: as find_runs reads them; their data set must be there. linear_...: None where the theory does not
+    say what is in it: of a split without a weight on the actions.
+    """
+    rows, made = [], {}
+    for run in runs:
+        if run.get("script") != "latbot" or "teacher" not in run["stages"] or run["latents"] == "none":
+            fail(f"{run['dir']} is no run of latbot.py with a teacher")
+        names = ("data", "tasks", "target", "encoder", "span", "frames", "probe_fraction", "seed", "fdm_sees")
+        (budget,) = read_json(run["dir"] / "args.json")["labelled_episodes"]  # the summary's: of policies
+        key = str([run[name] for name in names] + [budget])
+        if key not in made:
+            made[key] = linear_teacher(run, budget)
+        undivided = run["latents"] == "undivided"
+        dims = [run["scene_dim"], run["motion_dim"]]
+        if undivided:
+            dims = [sum(dims), 0]
+        linear = {}
+        if undivided or run["action_weight"]:
+            linear = made[key].measure(run["action_weight"], *dims)
+        for name, part in [("latent", "scene")] if undivided else [("scene", "scene"), ("motion", "motion")]:
+            row = {"method": run["variant"], "labelled": budget, "seed": run["seed"], "latent": name}
+            row |= {"scene_dim": dims[0], "motion_dim": dims[1], "action_weight": run["action_weight"]}
+            for short, probe in {"leak": "leak_probe_r2", "nmse": "action_probe_nmse"}.items():
+                row[short] = run[f"{name}_{probe}"]
+                row[f"linear_{short}"] = linear.get(part, {}).get(probe)
+            rows.append(row)
+    return rows
+
+
+def linear_teacher(run: dict, budget: str) -> LinearTeacher:
+    split = {"probe_fraction": run["probe_fraction"], "seed": run["seed"]}
+    target = (tuple(run["tasks"]), run["target"], run["encoder"])
+    data = Dataset(run["data"], *target, frame_gap=run["span"], **split)
+    if data.shards_hash != run["shards_hash"]:
+        fail(f"{run['data']} is not what {run['dir']} was trained on")
+    return LinearTeacher(Windows(data, run["span"], run["frames"], budget, "none"), run["fdm_sees"])
+
+
+def target_of(data: Dataset) -> Column:
+    columns = {"pixels": "frames", "clean": "clean", "embedding": "embedding"}
+    if data.target_kind not in columns:
+        fail(f"the linear teacher predicts {', '.join(columns)}, not {data.target_kind}")
+    return data.columns[columns[data.target_kind]]
+
+
+def view(windows: Windows, rows: np.ndarray) -> np.ndarray:
+    """What the linear teacher sees of windows (N,): the first frame and how the others differ. (N, V)"""
+    first, *later = (features(windows.data.columns["frames"], rows + offset) for offset in windows.offsets)
+    return np.hstack([first] + [frame - first for frame in later])
