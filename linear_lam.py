@@ -36,7 +36,7 @@ import lam_vlm
 from common import at_least, fail
 from common.dataset import Dataset
 from common.figures import BAD, COLOURS, GOOD, plot_split, plot_study
-from common.linear_teacher import beside_trained
+from common.linear_teacher import beside_trained, panels_of
 from common.nonlinear_lam import nonlinear
 from common.ranking import compare, rank_targets, trained_lams
 from common.results import find_runs
@@ -337,7 +337,7 @@ def teachers(args: Args, folder: Path) -> None:
     print(table(columns, [[value or "–" for value in line] for line in lines]))
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "split.csv", "".join(",".join(line) + "\n" for line in [columns, *lines]))
-    plot_split(rows, folder / "split.png")
+    plot_split(panels_of(rows), folder / "split.png")
 
 
 # -------------------------------------------------------------------------------- the study

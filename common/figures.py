@@ -445,46 +445,19 @@ def plot_study(panels: list[dict], path: Path, columns: int = 4) -> Path:
 
 
 @plt.rc_context(STYLE)
-def plot_split(rows: list[dict], path: Path) -> Path:
+def plot_split(panels: dict[str, tuple[str, float, list]], path: Path) -> Path:
     """Leak of the latents of latbot.py's teachers, a dot each, and of linear ones, lines; a row per budget.
 
-    rows: of common.linear_teacher.beside_trained. A panel varies one thing, at the values of the others that
-    most rows have: dimensions of the motion latent, of both, weight of the actions.
+    panels: {title: (xlabel, below which x is linear, [(x, row of beside_trained)])}, see `linear_teacher`.
     """
-    usual, split = {}, [row for row in rows if row["latent"] != "latent"]
-    for name in ("scene_dim", "motion_dim", "action_weight"):
-        usual[name] = Counter(row[name] for row in split or rows).most_common(1)[0][0]
-    beside, equal, weight = [], [], []
-    for row in rows:
-        differs = {name for name in usual if row[name] != usual[name]}
-        if row["latent"] == "latent":
-            if "action_weight" not in differs:
-                equal.append((row["scene_dim"], row))
-            continue
-        if differs <= {"motion_dim"}:
-            beside.append((row["motion_dim"], row))
-        if "action_weight" not in differs and row["scene_dim"] == row["motion_dim"]:
-            equal.append((row["motion_dim"], row))
-        if differs <= {"action_weight"}:
-            weight.append((row["action_weight"], row))
-    panels = {
-        f"beside {usual['scene_dim']} dimensions of the scene": ("motion dimensions", 2, beside),
-        "both of one size; undivided": ("dimensions of a latent", 2, equal),
-        f"{usual['motion_dim']} and {usual['scene_dim']} dimensions": ("weight of the actions", 0.1, weight),
-    }
-    looks = {"motion": BAD, "scene": COLOURS[0], "latent": "black"}
-    budgets = in_order([row["labelled"] for row in rows])
-    size = (12, 3.2 * len(budgets))
-    figure, axes = plt.subplots(
-        len(budgets), 3, figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
+    budgets = in_order([row["labelled"] for _, _, points in panels.values() for _, row in points])
+    shape, size = (len(budgets), len(panels)), (4 * len(panels), 3.2 * len(budgets))
+    figure, axes = plt.subplots(*shape, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for line, budget in zip(axes, budgets):
         for axis, (title, (label, threshold, points)) in zip(line, panels.items()):
-            points = [(x, row) for x, row in points if row["labelled"] == budget]
-            for latent, colour in looks.items():
-                of_latent = [(x, row) for x, row in points if row["latent"] == latent]
-                name = "undivided" if latent == "latent" else latent
-                draw_leaks(axis, of_latent, name, colour)
+            points = [point for point in points if point[1]["labelled"] == budget]
+            for latent, colour in {"motion": BAD, "scene": COLOURS[0], "latent": "black"}.items():
+                draw_leaks(axis, [point for point in points if point[1]["latent"] == latent], colour)
             values = sorted({x for x, _ in points})
             axis.set_xscale("symlog", linthresh=threshold)
             axis.set_xticks(values, [f"{value:g}" for value in values])
@@ -495,11 +468,12 @@ def plot_split(rows: list[dict], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def draw_leaks(axis: plt.Axes, points: list[tuple[float, dict]], name: str, colour: str) -> None:
-    """Trained and linear leak over x, seeds averaged in the lines."""
+def draw_leaks(axis: plt.Axes, points: list[tuple[float, dict]], colour: str) -> None:
+    """Trained and linear leak of one latent over x, seeds averaged in the lines."""
     if not points:
         return
     x, rows = zip(*points)
+    name = {"latent": "undivided"}.get(rows[0]["latent"], rows[0]["latent"])
     axis.plot(x, [row["leak"] for row in rows], "o", color=colour, markersize=4, label=f"{name}, trained")
     linear = defaultdict(list)
     for value, row in points:

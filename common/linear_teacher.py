@@ -10,6 +10,8 @@ quantiles, of the labelled episodes. Frames and pictures are seen as squares of 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from common import fail
@@ -73,14 +75,13 @@ class LinearTeacher:
         self.train, self.held_out = (both - told[0].mean(0) for both in told)
 
     def measure(self, action_weight: float, scene_dim: int, motion_dim: int) -> dict[str, dict]:
-        """{"scene": probes, "motion": probes}, mean over tasks; motion_dim 0: of the undivided, scene."""
+        """{"scene": probes, "motion": probes}, means over tasks; motion_dim 0: {"latent": ...}, undivided."""
         change, actions = np.split(self.train, [self.change_dim], axis=1)
         weights = linear_latents(change, actions, action_weight, scene_dim, motion_dim)
-        measured = {}
-        for name, part in zip(("scene", "motion"), np.split(weights, [scene_dim], axis=1)):
-            if part.shape[1]:
-                measured[name] = mean_over_tasks(self.probe(part))
-        return measured
+        parts = {"latent": weights}
+        if motion_dim:
+            parts = {"scene": weights[:, :scene_dim], "motion": weights[:, scene_dim:]}
+        return {name: mean_over_tasks(self.probe(part)) for name, part in parts.items()}
 
     def probe(self, weights: np.ndarray) -> list[dict]:
         """Of each task: the probes of the latents that the weights make."""
@@ -105,26 +106,47 @@ def beside_trained(runs: list[dict]) -> list[dict]:
     for run in runs:
         if run.get("script") != "latbot" or "teacher" not in run["stages"] or run["latents"] == "none":
             fail(f"{run['dir']} is no run of latbot.py with a teacher")
-        names = ("data", "tasks", "target", "encoder", "span", "frames", "probe_fraction", "seed", "fdm_sees")
+        same = ("data", "tasks", "target", "encoder", "span", "frames", "probe_fraction", "seed", "fdm_sees")
         (budget,) = read_json(run["dir"] / "args.json")["labelled_episodes"]  # the summary's: of policies
-        key = str([run[name] for name in names] + [budget])
+        key = str([run[name] for name in same] + [budget])
         if key not in made:
             made[key] = linear_teacher(run, budget)
-        undivided = run["latents"] == "undivided"
-        dims = [run["scene_dim"], run["motion_dim"]]
-        if undivided:
-            dims = [sum(dims), 0]
+        dims, names = [run["scene_dim"], run["motion_dim"]], ["scene", "motion"]
+        if run["latents"] == "undivided":
+            dims, names = [sum(dims), 0], ["latent"]
         linear = {}
-        if undivided or run["action_weight"]:
+        if run["action_weight"] or names == ["latent"]:
             linear = made[key].measure(run["action_weight"], *dims)
-        for name, part in [("latent", "scene")] if undivided else [("scene", "scene"), ("motion", "motion")]:
+        for name in names:
             row = {"method": run["variant"], "labelled": budget, "seed": run["seed"], "latent": name}
             row |= {"scene_dim": dims[0], "motion_dim": dims[1], "action_weight": run["action_weight"]}
             for short, probe in {"leak": "leak_probe_r2", "nmse": "action_probe_nmse"}.items():
                 row[short] = run[f"{name}_{probe}"]
-                row[f"linear_{short}"] = linear.get(part, {}).get(probe)
+                row[f"linear_{short}"] = linear.get(name, {}).get(probe)
             rows.append(row)
     return rows
+
+
+def panels_of(rows: list[dict]) -> dict[str, tuple[str, float, list]]:
+    """For figures.plot_split: what varies in a panel, at the values of the others that most rows have."""
+    usual, split = {}, [row for row in rows if row["latent"] != "latent"]
+    for name in ("scene_dim", "motion_dim", "action_weight"):
+        usual[name] = Counter(row[name] for row in split or rows).most_common(1)[0][0]
+    beside, equal, weight = [], [], []
+    for row in rows:
+        differs = {name for name in usual if row[name] != usual[name]}
+        undivided = row["latent"] == "latent"
+        if differs <= {"motion_dim"} and not undivided:
+            beside.append((row["motion_dim"], row))
+        if differs <= {"action_weight"} and not undivided:
+            weight.append((row["action_weight"], row))
+        if "action_weight" not in differs and (undivided or row["scene_dim"] == row["motion_dim"]):
+            equal.append((row["scene_dim"], row))
+    return {
+        f"beside {usual['scene_dim']} dimensions of the scene": ("motion dimensions", 2, beside),
+        "both of one size; undivided": ("dimensions of a latent", 2, equal),
+        f"{usual['motion_dim']} and {usual['scene_dim']} dimensions": ("weight of the actions", 0.1, weight),
+    }
 
 
 def linear_teacher(run: dict, budget: str) -> LinearTeacher:

@@ -10,7 +10,7 @@ from made_up import make_data
 from test_latbot import SMALL
 
 from common import figures
-from common.linear_teacher import linear_latents
+from common.linear_teacher import linear_latents, panels_of
 from common.probes import Ridge, r2_score
 from linear_lam import Args, split_leak
 
@@ -131,7 +131,7 @@ def test_a_panel_holds_what_varies_there(tmp_path, monkeypatch):
     rows = [row("motion", 64, dim, 1.0, dim / 100) for dim in (2, 8, 32)]
     rows += [row("motion", 64, 8, 0.0, 0.5), row("motion", 64, 8, 10.0, 0.6)]
     rows += [row("motion", 2, 2, 1.0, 0.7), row("latent", 8, 0, 1.0, 0.8)]
-    figures.plot_split(rows, tmp_path / "split.png")
+    figures.plot_split(panels_of(rows), tmp_path / "split.png")
     panels = []
     for axis in drawn[0].axes:
         panels.append({line.get_label(): list(zip(*line.get_data())) for line in axis.lines})
