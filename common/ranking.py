@@ -126,9 +126,9 @@ def linear_encoder(change: np.ndarray, views: np.ndarray, gram: np.ndarray, late
 def trained_lams(
     data: Dataset, train_episodes: int, default: dict
 ) -> dict[tuple, list[tuple[float, float | None]]]:
-    """{(target, frame gap): (action_probe_nmse, leak_probe_r2) of each finished stage 1} of default runs.
+    """{(target, frame gap): (action_probe_nmse, leak_probe_r2) of each finished stage 1 in runs/}.
 
-    On the same tasks and episodes of this data set; default: arguments of lam_vlm.py.
+    Of runs on the same tasks and episodes of this data set; default: the arguments that they have.
     """
     names = ["method", "fdm_sees", "latent_dim", "supervision", "idm_horizon", "frame_stack", "widths"]
     names += ["res_blocks", "stem", "fdm_hidden", "lam_updates", "batch_size", "lr", "weight_decay"]

@@ -277,7 +277,7 @@ def test_the_ranking_of_targets_beside_trained_runs(tmp_path):
     make_data(tmp_path / "data/made")
     write_run(tmp_path, "pixels", 0.6, target="pixels")
     write_run(tmp_path, "pixels again", 0.8, target="pixels", seed=1)
-    write_run(tmp_path, "clean", 0.5, target="clean")
+    write_run(tmp_path, "near/clean", 0.5, target="clean")  # a run of replicate.sh
     write_run(tmp_path, "embedding", 0.1, target="embedding")
     write_run(tmp_path, "gap", 0.2, target="embedding", frame_gap=2)
     other = {"target": "clean", "leak": 9.0}  # a run of other settings, tasks or data counts for nothing
