@@ -66,7 +66,7 @@ class Args:
     seed: int = 0
     """seed of the evaluation's goals, clips and start frames (never those of the training data)"""
     envs: int = 5
-    """environments stepped together with one batched policy call"""
+    """environments stepped together with one batched policy call, which rounds by its size: keep to one"""
     workers: int = 0
     """processes (0: one per core; 1: all in this process)"""
     execute: int = 4
@@ -245,9 +245,9 @@ def roll_out(runs: list[dict], args: Args) -> tuple[dict[Path, dict], int]:
         for block, new_rows, films in parallel(workers, jobs):
             for episode, film in films.items():
                 save_film(film_path(block.run_dir, block.task, block.labelled, args.seed, episode), film)
-            kept = rows[block.run_dir]
-            kept |= {row_key(row): row for row in new_rows}
-            save_rollouts(block.run_dir, kept)
+            played = {row_key(row): row for row in new_rows}
+            rows[block.run_dir] = played | rows[block.run_dir]  # what is played again for its film stays
+            save_rollouts(block.run_dir, rows[block.run_dir])
             bar.update(len(new_rows))
     close_envs()
     return rows, count
@@ -365,7 +365,8 @@ def plot_results(
     figures.plot_tolerance(table, runs, read_bridge(out), out / "tolerance.png")
     figures.plot_strip(strips, FILM_STRIDE, out / "strip.png")
     figures.plot_probes(runs, out / "probes.png")
-    figures.plot_success(error_table, out / "errors.png", "action NMSE (lower is better)")
+    label = "action NMSE (lower is better)"
+    figures.plot_success(error_table, out / "errors.png", label, lower_is_better=True)
 
 
 def parse_args(arguments: list[str]) -> Args:

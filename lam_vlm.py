@@ -447,8 +447,7 @@ def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = 
     A run that is unfinished, damaged or lacks that budget ends the program with one line.
     """
     folder = Path(run_dir)
-    stored, summary, labelled = read_policy_run(folder, labelled)
-    args = Args(**stored)
+    args, summary, labelled = read_policy_run(folder, labelled, Args)
     latent_dim = args.latent_dim if args.method == "lapo" else None
     return restore_policy(folder, summary, labelled, args, latent_dim, device)
 
@@ -457,13 +456,12 @@ def restore_policy(
     folder: Path, summary: dict, labelled: str, args: Args, latent_dim: int | None, device: str
 ) -> Actor:
     """Policy and decoder of a run; without latent_dim a policy of true actions."""
-    identity = {"run": summary["identity"]}
     policy = Policy(latent_dim or summary["action_dim"], summary["size"], args)
-    policy.load_state_dict(load_weights(folder / "bc.pt", identity))
+    policy.load_state_dict(load_weights(folder, "bc", summary))
     network = nn.Sequential(policy)
     if latent_dim:
         decoder = Decoder(latent_dim, summary["action_dim"])
-        decoder.load_state_dict(load_weights(folder / f"decoder_{labelled}.pt", identity))
+        decoder.load_state_dict(load_weights(folder, f"decoder_{labelled}", summary))
         network.append(decoder)
     return Actor(network, args.frame_stack, device)
 

@@ -59,6 +59,8 @@ class Args:
     """dimensions of the scene latent; an undivided latent has those of both"""
     action_weight: float = 1.0
     """weight of the actions in the teacher's loss, on the labelled episodes; 0: the frame alone"""
+    actions_see: Literal["both", "motion"] = "both"
+    """latents that the decoder reads actions from: both (published), or that of motion alone (T7)"""
     text: Literal["labelled", "all", "none"] = "labelled"
     """episodes whose sub-tasks, in words, the student learns: labelled, all, none"""
     expert_sees: Literal["both", "motion"] = "both"
@@ -208,10 +210,11 @@ class UnifiedDecoder(nn.Module):
         scene = self.place.expand(len(z), -1, -1)
         if self.args.fdm_sees == "frame":
             scene = scene + self.project(to_float(first)).flatten(2).transpose(1, 2)
-        scene = torch.cat([scene, self.read_scene(z_scene)[:, None]], 1)
+        frame, scene = scene, torch.cat([scene, self.read_scene(z_scene)[:, None]], 1)
         motion = torch.cat([self.slots.expand(len(z), -1, -1), self.read_motion(z_motion)[:, None]], 1)
         for of_scene, of_motion in zip(self.scene, self.motion):
-            scene, motion = of_scene(scene, motion), of_motion(motion, scene)  # both ways
+            seen = scene if self.args.actions_see == "both" else frame
+            scene, motion = of_scene(scene, motion), of_motion(motion, seen)  # published: both ways
         actions = self.to_actions(motion[:, :-1])
         if self.vector:
             return self.to_target(scene.mean(1)), actions
@@ -578,10 +581,10 @@ class ChunkActor:
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> ChunkActor:
     """The policy of a finished run; what is unfinished, damaged or missing ends the program with one line."""
     folder = Path(run_dir)
-    stored, summary, labelled = read_policy_run(folder, labelled)
-    args, domain = Args(**stored), Domain(**summary["domain"])
+    args, summary, labelled = read_policy_run(folder, labelled, Args)
+    domain = Domain(**summary["domain"])
     expert = Expert(Student(domain, args), domain, args)
-    expert.load_state_dict(load_weights(folder / f"expert_{labelled}.pt", {"run": summary["identity"]}))
+    expert.load_state_dict(load_weights(folder, f"expert_{labelled}", summary))
     return ChunkActor(expert, summary["tasks"], device)
 
 
@@ -600,6 +603,7 @@ def default_variant(args: Args, data: Dataset) -> str:
         "-z": teacher and args.fdm_sees == "z",
         f"-text-{args.text}": args.text != "labelled",
         f"-{Path(args.backbone).name}": args.backbone != "tiny",
+        "-actions-see-motion": args.actions_see == "motion",
         "-motion": args.expert_sees == "motion",
         "-trains": teacher and args.student == "trains",
         "-clean-data": data.undistracted,
@@ -628,8 +632,8 @@ def parse_args(arguments: list[str]) -> Args:
         fail("--latents none has no teacher, and no latents to --export")
     if (args.latents, args.text, args.stages) == ("none", "none", ("student",)):
         fail("--latents none --text none leaves the student nothing to learn before the expert")
-    if args.latents != "split" and args.expert_sees == "motion":
-        fail("--expert-sees motion is for --latents split")
+    if args.latents != "split" and "motion" in (args.expert_sees, args.actions_see):
+        fail("--expert-sees motion and --actions-see motion are for --latents split")
     return args
 
 

@@ -110,6 +110,7 @@ motion) # theorem T7: what the latents of latbot.py's teacher leak, drawer-open
     on="--data data/motion --seed $seed --labelled-episodes $budget --stages teacher" run=-${budget}_s$seed
     for dim in 2 4 8 32; do # of the motion latent beside 64 of the scene; of either; of one undivided latent
       train motion$dim$run $on --motion-dim $dim --variant motion$dim-$budget
+      train alone$dim$run $on --motion-dim $dim --actions-see motion --variant alone$dim-$budget # as T7 assumes
       train equal$dim$run $on --motion-dim $dim --scene-dim $dim --variant equal$dim-$budget
       half="--motion-dim $((dim / 2)) --scene-dim $((dim / 2))"
       train undivided$dim$run $on --latents undivided $half --variant undivided$dim-$budget

@@ -388,8 +388,7 @@ def policy_targets(lam: LAM, data: Dataset, args: Args) -> Tensor:
 def load_policy(run_dir: str | Path, labelled: str | None = None, device: str = "cpu") -> Actor:
     """The policy of a finished run: observation -> action; as lam_vlm.load_policy."""
     folder = Path(run_dir)
-    stored, summary, labelled = read_policy_run(folder, labelled)
-    args = Args(**stored)
+    args, summary, labelled = read_policy_run(folder, labelled, Args)
     width = args.codes * args.code_dim
     if args.clone_as == "code":
         width = args.codes * args.codebook

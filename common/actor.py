@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from common import fail
+from common import Args, fail
 from common.shards import read_json
 
 
@@ -41,11 +42,13 @@ class Actor:
         return actions
 
 
-def read_policy_run(folder: Path, labelled: str | None) -> tuple[dict, dict, str]:
-    """args.json and summary.json of a finished run, and the label budget: `labelled`, or its first."""
+def read_policy_run(folder: Path, labelled: str | None, args: type[Args]) -> tuple[Args, dict, str]:
+    """A finished run's arguments, its summary.json, and the label budget: `labelled`, or its first."""
     if not (folder / "summary.json").exists():
         fail(f"{folder} is no finished run; run the command that makes it again")
-    args, summary = read_json(folder / "args.json"), read_json(folder / "summary.json")
+    stored, summary = read_json(folder / "args.json"), read_json(folder / "summary.json")
+    if unknown := set(stored) - {field.name for field in fields(args)}:
+        fail(f"{folder}/args.json has {', '.join(sorted(unknown))}, unknown here: it is of another version")
     budgets = summary["labelled_episodes"]
     if not budgets:
         fail(
@@ -54,4 +57,4 @@ def read_policy_run(folder: Path, labelled: str | None) -> tuple[dict, dict, str
     labelled = labelled or budgets[0]
     if labelled not in budgets:
         fail(f"{folder} has no decoder for {labelled} labelled episodes; it has {', '.join(budgets)}")
-    return args, summary, labelled
+    return args(**stored), summary, labelled

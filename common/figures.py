@@ -56,7 +56,9 @@ def in_order(values: Collection) -> list:
 
 
 @plt.rc_context(STYLE | {"axes.grid.axis": "x"})
-def plot_success(table: list[dict], path: Path, label: str = "success") -> Path | None:
+def plot_success(
+    table: list[dict], path: Path, label: str = "success", lower_is_better: bool = False
+) -> Path | None:
     """IQM with CI: a row per method, the best on top; a colour per label budget; faint dots: single runs."""
     if not table:
         return None
@@ -65,7 +67,7 @@ def plot_success(table: list[dict], path: Path, label: str = "success") -> Path 
     for entry in table:
         scores[entry["method"]].append(entry["iqm"])
         own_budgets[entry["method"]].append(entry["labelled"])
-    methods = sorted(scores, key=lambda method: (np.mean(scores[method]), method))
+    methods = sorted(scores, key=lambda method: (np.mean(scores[method]), method), reverse=lower_is_better)
 
     step = 0.8 / len(budgets)
     height = len(methods) * (0.16 + 0.11 * len(budgets))
@@ -255,10 +257,11 @@ def draw_probes_of_levels(
 def plot_probes(runs: list[dict], path: Path) -> Path | None:
     """Action-probe NMSE of embedding targets, mean over runs: encoder and prompt by layer and pool.
 
-    Runs of other settings of stage 1 or other data can not be compared: of those, what has the most targets.
+    Over the tasks and seeds that all targets have. Runs of other settings of stage 1 or other data can not be
+    compared: of those, what has the most targets. Fewer than three are no picture.
     """
     same = ("data", "train_episodes", "fdm_sees", "latent_dim", "supervision", "idm_horizon", "lr")
-    settings = defaultdict(lambda: defaultdict(list))
+    settings = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         embedding = run.get("embedding")
         if embedding and run.get("action_probe_nmse") is not None:
@@ -267,16 +270,17 @@ def plot_probes(runs: list[dict], path: Path) -> Path | None:
             layer = f"layer {embedding['layer']}, {embedding['pool']}"
             other = str([run.get(setting) for setting in same])
             setting = settings[updates, run.get("frame_gap", run.get("span")), other]
-            setting[name, layer].append(run["action_probe_nmse"])
+            setting[name, layer][*run["tasks"], run["seed"]] = run["action_probe_nmse"]
     none = (0, 0, ""), {}
     (updates, gap, _), values = max(settings.items(), key=lambda item: len(item[1]), default=none)
-    if len(values) < 2:
+    shared = set.intersection(*map(set, values.values())) if values else ()
+    if len(values) < 3 or not shared:
         return None
     names = sorted({name for name, _ in values})
     layers = sorted({layer for _, layer in values})
     grid = np.full((len(names), len(layers)), np.nan)
     for (name, layer), found in values.items():
-        grid[names.index(name), layers.index(layer)] = np.mean(found)
+        grid[names.index(name), layers.index(layer)] = np.mean([found[which] for which in shared])
 
     size = (4 + 0.8 * len(layers), 1.5 + 0.35 * len(names))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -464,7 +468,8 @@ def plot_split(panels: dict[str, tuple[str, float, list]], path: Path) -> Path:
             axis.minorticks_off()
             axis.set(title=title, xlabel=label, ylabel=f"leak $R^2$, {budget} labelled")
             axis.label_outer()
-            axis.legend(fontsize=7)
+            if points:
+                axis.legend(fontsize=7)
     return save_figure(figure, path)
 
 
@@ -472,15 +477,20 @@ def draw_leaks(axis: plt.Axes, points: list[tuple[float, dict]], colour: str) ->
     """Trained and linear leak of one latent over x, seeds averaged in the lines."""
     if not points:
         return
-    x, rows = zip(*points)
-    name = {"latent": "undivided"}.get(rows[0]["latent"], rows[0]["latent"])
-    axis.plot(x, [row["leak"] for row in rows], "o", color=colour, markersize=4, label=f"{name}, trained")
+    latent = points[0][1]["latent"]
+    name = {"latent": "undivided"}.get(latent, latent)
+    for sees, fill in {"both": colour, "motion": "none"}.items():
+        dots = [(value, row["leak"]) for value, row in points if row["actions_see"] == sees]
+        if dots:
+            label = f"{name}, trained" if sees == "both" else f"{name}, actions from motion alone"
+            axis.plot(*zip(*dots), "o", color=colour, markerfacecolor=fill, markersize=5, label=label)
     linear = defaultdict(list)
     for value, row in points:
         if row["linear_leak"] is not None:
             linear[value].append(row["linear_leak"])
-    line = sorted((value, float(np.mean(leaks))) for value, leaks in linear.items())
-    axis.plot(*zip(*line), "-", color=colour, linewidth=1, label=f"{name}, linear (T7)")
+    if linear:
+        line = sorted((value, float(np.mean(leaks))) for value, leaks in linear.items())
+        axis.plot(*zip(*line), "-", color=colour, linewidth=1, label=f"{name}, linear (T7)")
 
 
 @plt.rc_context(AXES)

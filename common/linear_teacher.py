@@ -5,7 +5,10 @@ Latents z = D view, a decoder that is linear in them and in the first frame o (s
     E|change - P o - W z|^2 / p + action_weight * E|actions - Q o - V z_motion|^2 / q
 
 view: the window's frames. change: of the target, standardised (p dimensions). actions: the window's (q), in
-quantiles, of the labelled episodes. Frames and pictures are seen as squares of mean colours.
+quantiles, without the gripper. Frames and pictures are seen as squares of mean colours. What view and o tell
+of change and actions are ridge regressions, of actions fitted on the labelled episodes. The actions are read
+from the motion latent alone, as with `--actions-see motion`; where latbot.py's streams exchange, as
+published, they can be read from either, and no theory says which.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import numpy as np
 from common import fail
 from common.dataset import Column, Dataset
 from common.probes import Ridge, mean_over_tasks
-from common.ranking import change_scale, features
+from common.ranking import features
 from common.shards import read_json
 from common.windows import Windows
 
-TIE = 1e-6  # weight of the change where the actions do not say what the motion latent takes
+PENALTY = 0.1  # of the ridge regressions
+FOLDS = 4  # of episodes: what o tells of the others is never fitted on an episode itself
 
 
 def linear_latents(
@@ -31,8 +35,10 @@ def linear_latents(
 
     change (N, p), actions (N, q): what the view tells of them beyond o. Both terms as one target make z
     their PCA (T1, T4), however it is split; the motion latent is that part of it from which the actions are
-    read. motion_dim 0: one undivided latent, from all of which they are. Of actions that vary in more than
-    motion_dim dimensions only the leading ones count, which is not quite the optimum.
+    read. motion_dim 0: one undivided latent, from all of which they are.
+    This is the optimum if motion_dim is 0 or q. If it is less, only the leading actions count, which is not
+    quite the best (against gradient descent: loss within 1 %, but for weights far below 1). If it is more,
+    the spare dimensions may hold anything.
     """
     p, q = change.shape[1], actions.shape[1]
     kept = np.eye(q)
@@ -47,7 +53,7 @@ def linear_latents(
     dims = scene_dim + motion_dim
     scale = np.sqrt(values[-dims:].clip(1e-12))
     whiten, read = vectors[:, -dims:] / scale, vectors[:, -dims:] * scale  # to z and back
-    needed = read[p:].T @ read[p:] + TIE * read[:p].T @ read[:p]
+    needed = read[p:].T @ read[p:]
     return to_target @ whiten @ np.linalg.eigh(needed)[1]  # ascending: the motion's come last
 
 
@@ -60,22 +66,26 @@ class LinearTeacher:
         train, held_out = (np.concatenate(rows) for rows in list(zip(*self.tasks))[1:])
         target = target_of(data)
         change = features(target, train + windows.span) - features(target, train)
-        change /= change_scale(change, colours=len(target.shape) > 1)
+        std = data.statistics()["change_std"].double().flatten().cpu().numpy()  # of a dimension, or a colour
+        change /= np.tile(std, change.shape[1] // len(std))
         self.change_dim = change.shape[1]
         actions = windows.chunk(windows.chunk_rows)[0].flatten(1).double().cpu().numpy()
+        self.action_dim = actions.shape[1]
         view_train = view(windows, train)
-        tell_change = Ridge(view_train, change, 0.1)
-        tell_actions = Ridge(view(windows, windows.chunk_rows), actions, 0.1)
+        tell_change = Ridge(view_train, change, PENALTY)
+        tell_actions = Ridge(view(windows, windows.chunk_rows), actions, PENALTY)
         told = [np.hstack([tell(view_train) for tell in (tell_change, tell_actions)])]
         told.append(np.hstack([tell(view(windows, held_out)) for tell in (tell_change, tell_actions)]))
         if fdm_sees == "frame":
             first = [features(data.columns["frames"], rows) for rows in (train, held_out)]
-            of_first = Ridge(first[0], told[0], 1e-2)
-            told = [both - of_first(frame) for both, frame in zip(told, first)]
+            told[1] = told[1] - Ridge(first[0], told[0], PENALTY)(first[1])
+            told[0] = beyond(first[0], told[0], data.first[train])
         self.train, self.held_out = (both - told[0].mean(0) for both in told)
 
     def measure(self, action_weight: float, scene_dim: int, motion_dim: int) -> dict[str, dict]:
         """{"scene": probes, "motion": probes}, means over tasks; motion_dim 0: {"latent": ...}, undivided."""
+        if scene_dim + motion_dim > self.change_dim + self.action_dim:
+            fail(f"{scene_dim + motion_dim} dimensions are more than change and actions have")
         change, actions = np.split(self.train, [self.change_dim], axis=1)
         weights = linear_latents(change, actions, action_weight, scene_dim, motion_dim)
         parts = {"latent": weights}
@@ -97,10 +107,11 @@ class LinearTeacher:
 
 
 def beside_trained(runs: list[dict]) -> list[dict]:
-    """A row for each latent of the teachers of runs of latbot.py: its probes, trained and linear.
+    """A row for each latent of the teachers of runs of latbot.py: its leak, trained and linear.
 
-    runs: as find_runs reads them; their data set must be there. linear_...: None where the theory does not
-    say what is in it: of a split without a weight on the actions.
+    runs: as find_runs reads them; their data set must be there. linear_leak: None where theory does not say
+    what is in it: of a split without a weight on the actions, or with more motion dimensions than actions.
+    The action probe has no such line: it depends on what z holds of o, which the loss leaves open (T1).
     """
     rows, made = [], {}
     for run in runs:
@@ -114,16 +125,15 @@ def beside_trained(runs: list[dict]) -> list[dict]:
         dims, names = [run["scene_dim"], run["motion_dim"]], ["scene", "motion"]
         if run["latents"] == "undivided":
             dims, names = [sum(dims), 0], ["latent"]
-        linear = {}
-        if run["action_weight"] or names == ["latent"]:
+        linear, actions = {}, made[key].action_dim
+        if names == ["latent"] or (run["action_weight"] and run["motion_dim"] <= actions):
             linear = made[key].measure(run["action_weight"], *dims)
         for name in names:
             row = {"method": run["variant"], "labelled": budget, "seed": run["seed"], "latent": name}
             row |= {"scene_dim": dims[0], "motion_dim": dims[1], "action_weight": run["action_weight"]}
-            for short, probe in {"leak": "leak_probe_r2", "nmse": "action_probe_nmse"}.items():
-                row[short] = run[f"{name}_{probe}"]
-                row[f"linear_{short}"] = linear.get(name, {}).get(probe)
-            rows.append(row)
+            row["actions_see"] = run.get("actions_see", "both")
+            row |= {"nmse": run[f"{name}_action_probe_nmse"], "leak": run[f"{name}_leak_probe_r2"]}
+            rows.append(row | {"linear_leak": linear.get(name, {}).get("leak_probe_r2")})
     return rows
 
 
@@ -155,7 +165,18 @@ def linear_teacher(run: dict, budget: str) -> LinearTeacher:
     data = Dataset(run["data"], *target, frame_gap=run["span"], **split)
     if data.shards_hash != run["shards_hash"]:
         fail(f"{run['data']} is not what {run['dir']} was trained on")
+    if "segments" not in data.columns:
+        fail(f"{run['data']} has no segments, so there is no leak to compare")
     return LinearTeacher(Windows(data, run["span"], run["frames"], budget, "none"), run["fdm_sees"])
+
+
+def beyond(first: np.ndarray, told: np.ndarray, episode: np.ndarray) -> np.ndarray:
+    """told (N, T) without what first frames (N, F) tell of it, fitted on other episodes (N,) than theirs."""
+    rest, fold = np.empty_like(told), np.unique(episode, return_inverse=True)[1] % FOLDS
+    for number in range(FOLDS):
+        here = fold == number
+        rest[here] = told[here] - Ridge(first[~here], told[~here], PENALTY)(first[here])
+    return rest
 
 
 def target_of(data: Dataset) -> Column:

@@ -48,12 +48,16 @@ def load_checkpoint(path: Path, identity: dict, device: torch.device | str) -> d
     return checkpoint
 
 
-def load_weights(path: Path, identity: dict) -> dict[str, Tensor]:
-    """The weights of a checkpoint that must be there."""
-    checkpoint = load_checkpoint(path, identity, "cpu")
+def load_weights(folder: Path, stage: str, summary: dict) -> dict[str, Tensor]:
+    """The weights of a stage of a finished run, those that its summary tells of."""
+    path = folder / f"{stage}.pt"
+    checkpoint = load_checkpoint(path, {"run": summary["identity"]}, "cpu")
     if checkpoint is None:
         fail(f"{path} is missing: the run was not trained here; run the command that makes it again")
-    return checkpoint["module"]
+    weights = checkpoint["module"]
+    if not checkpoint["finished"] or hash_weights(weights) != summary["per_stage"][stage]["sha256"]:
+        fail(f"{path} is not what {folder}/summary.json tells of: run the command that makes the run again")
+    return weights
 
 
 class Log:

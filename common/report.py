@@ -117,7 +117,9 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
         notes.append("One run gives no CI: the spread between training seeds is unknown.")
     if any(len(entry["seeds"]) in (2, 3) for entry in summary):
         held = "with two runs about 80 % of them hold the truth, with three 85 %"
-        whole = "of one model for all tasks 50 and 75 %"
+        whole = (
+            "of one task, or of one model for all, 50 and 75 %: no more than the lowest and the highest run"
+        )
         notes.append(f"So few runs make the 95 % intervals too narrow: {held} (six tasks; {whole}).")
     pooled = sorted({entry["method"] for entry in summary if entry["pooled"]})
     if pooled:
@@ -127,6 +129,12 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
     without = sorted({run["variant"] for run in rolled_out if run["env"]["videos"] == "none"})
     if without and len(without) < len({run["variant"] for run in rolled_out}):
         notes.append(f"Trained and rolled out without distractors: {', '.join(without)}.")
+    arithmetic = defaultdict(set)
+    for run in rolled_out:
+        arithmetic[str(run.get("dtype"))].add(run["variant"])
+    if len(arithmetic) > 1:
+        each = "; ".join(f"{dtype}: {', '.join(sorted(arithmetic[dtype]))}" for dtype in sorted(arithmetic))
+        notes.append(f"The runs were not all trained in the same arithmetic ({each}).")
     probed = defaultdict(set)
     for run in runs:
         if not run["policy"]:
@@ -158,9 +166,8 @@ def success_section(table: list[dict]) -> str:
         )
     header = ["method", "labelled", "probe NMSE", "leak R²", "success IQM", "mean", *tasks, "n runs"]
     text = "# Success on unseen backgrounds and goals\n\n" + markdown_table(header, rows)
-    text += (
-        "Brackets: 95 % stratified-bootstrap CI (50 000 replicates; runs are resampled within each task).\n"
-    )
+    text += "Brackets: 95 % stratified-bootstrap CI (50 000 replicates; runs are resampled in each task).\n"
+    text += "The test episodes are the same in all runs: what these few happen to be is not in it.\n"
     text += (
         "IQM: mean of runs x tasks without the lowest and the highest quarter, each rounded down: of 6 the\n"
         "middle 4, of 18 the middle 10. Probes: on held-out episodes, mean over runs.\n\n"

@@ -15,7 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 
 from common import differences, fail
-from common.shards import atomic_write, hash_of, read_json, read_meta
+from common.shards import atomic_write, hash_of, read_json
 from common.statistics import budget_order
 from common.video_clips import Clips
 
@@ -58,7 +58,7 @@ def find_folder(name: str | Path, finished: list[Path]) -> Path:
 
 def read_run(folder: Path) -> dict:
     summary = read_json(folder / "summary.json")
-    for key in ("variant", "seed", "tasks", "stages", "labelled_episodes", "policy_hash"):
+    for key in ("variant", "seed", "tasks", "stages", "labelled_episodes", "policy_hash", "env"):
         if key not in summary:
             why = f"has no {key}: it is foreign, or of an older version"
             fail(f"{folder}/summary.json {why}; train that run again, or choose others with --runs")
@@ -67,14 +67,9 @@ def read_run(folder: Path) -> dict:
     run["dir"] = folder
     run["trained"] = {name: value for name, value in args.items() if name not in BY_RUN}
     run["policy"] = bool(run["policy_hash"])  # one of each label budget
+    if missing := set(map(str, run["labelled_episodes"])) - set(run["policy_hash"]):
+        fail(f"{folder}/summary.json is damaged: no policy_hash for {', '.join(missing)} labelled episodes")
     run["labelled_episodes"] = sorted(map(str, run["labelled_episodes"]), key=budget_order)
-    if "env" not in run and run["policy"]:  # of an older version
-        data = Path(run["data"])
-        if not (data / "meta.json").exists():
-            commands = {"quick": "collect.py", "paper": "collect.py paper"}
-            command = commands.get(data.name, f"collect.py --out {data}")
-            fail(f"no {data}/meta.json, the data set of {folder}; make it with: python {command}")
-        run["env"] = read_meta(data)["env"]
     return run
 
 
@@ -123,9 +118,10 @@ def check_clips(run: dict) -> None:
 def choose_budgets(runs: list[dict], wanted: tuple[str, ...]) -> None:
     """Leaves of each run the label budgets that --labelled names."""
     have = {budget for run in runs for budget in run["labelled_episodes"]}
-    if have and not have & set(wanted):
+    missing = [budget for budget in wanted if budget not in have]
+    if have and missing:
         budgets = ", ".join(sorted(have, key=budget_order))
-        fail(f"no run has a decoder for --labelled {' '.join(wanted)}; there are {budgets}")
+        fail(f"no run has a decoder for --labelled {' '.join(missing)}; there are {budgets}")
     for run in runs:
         run["labelled_episodes"] = [budget for budget in run["labelled_episodes"] if budget in wanted]
 

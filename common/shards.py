@@ -51,9 +51,12 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         fail(f"{path} does not read ({error}); delete it and run what wrote it again")
+    return content
 
 
 def hash_of(content: dict | list) -> str:

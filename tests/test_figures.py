@@ -172,8 +172,11 @@ def test_heat_map_of_embedding_targets(drawn):
     runs = [
         make_run("best", 0, about, action_probe_nmse=0.5),
         make_run("best", 1, about, action_probe_nmse=0.7),
-        make_run("blind", 0, about | {"prompt": "blind", "pool": "last"}, action_probe_nmse=0.9),
-        make_run("oracle", 0, about | {"encoder": "oracle"}, action_probe_nmse=0.4),
+        make_run("blind", 0, about | {"prompt": "blind", "pool": "last"}, action_probe_nmse=0.8),
+        make_run("blind", 1, about | {"prompt": "blind", "pool": "last"}, action_probe_nmse=1.0),
+        make_run("oracle", 0, about | {"encoder": "oracle"}, action_probe_nmse=0.3),
+        make_run("oracle", 1, about | {"encoder": "oracle"}, action_probe_nmse=0.5),
+        make_run("oracle", 2, about | {"encoder": "oracle"}, action_probe_nmse=0.0),  # a seed of its own
         make_run("pixels", 0, None, action_probe_nmse=1.0),
         make_run("longer", 0, about, action_probe_nmse=0.1, lam_updates=2000),  # can not be compared
         make_run("gap", 0, about, action_probe_nmse=0.1, frame_gap=4),
@@ -191,7 +194,7 @@ def test_heat_map_of_embedding_targets(drawn):
         "vlm: blind",
     ]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["layer -2, last", "layer -2, text"]
-    assert figures.plot_probes(runs[:2], Path("one.png")) is None
+    assert figures.plot_probes(runs[:4], Path("two.png")) is None
     long = [
         "Do not describe background features. " + end for end in ("Focus on the arm.", "Describe the image.")
     ]

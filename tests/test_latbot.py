@@ -187,6 +187,19 @@ def test_streams_exchange_both_ways(new_run, latents):
     assert torch.allclose(decoder(255 - first, z)[0], change), "it sees the latents alone"
 
 
+def test_actions_may_be_read_from_the_motion_latent_alone(new_run):
+    """As T7 assumes; of the first frame and, for the target, of both latents nothing is taken away."""
+    _, windows, args = new_run("--actions-see", "motion")
+    decoder = latbot.Teacher(windows, args).decoder
+    first, z = windows.data.frame(windows.data.train[:2]), torch.randn(2, 8, requires_grad=True)
+    change, actions = decoder(first, z)
+    (of_change,) = torch.autograd.grad(change.square().sum(), z, retain_graph=True)
+    (of_actions,) = torch.autograd.grad(actions.square().sum(), z)
+    assert (of_change.abs().sum(0) > 0).all()
+    assert (of_actions[:, : args.scene_dim] == 0).all() and (of_actions[:, args.scene_dim :] != 0).all()
+    assert not torch.allclose(decoder(255 - first, z)[1], actions)
+
+
 def test_a_target_vector_is_predicted(new_run):
     _, windows, args = new_run("--target", "embedding", "--encoder", "made_up")
     teacher = latbot.Teacher(windows, args)
@@ -389,6 +402,7 @@ ROWS = {
     "--text all": "latbot-text-all",
     "--expert-sees motion --student trains": "latbot-motion-trains",
     "--text none --fdm-sees z": "latbot-z-text-none",
+    "--actions-see motion": "latbot-actions-see-motion",
 }
 
 
@@ -593,6 +607,7 @@ def test_a_vlm_from_end_to_end(made_up, llava, tmp_path, monkeypatch):
         ("--latents none --stages teacher", "has no teacher"),
         ("--latents none --export", "has no teacher"),
         ("--latents none --text none --stages student", "nothing to learn"),
+        ("--latents undivided --actions-see motion", "--actions-see motion are for --latents split"),
     ],
 )
 def test_bad_flags_are_refused(made_up, tmp_path, flags, words):
