@@ -131,10 +131,10 @@ def remarks(summary: list[dict], runs: list[dict]) -> list[str]:
         notes.append(f"Trained and rolled out without distractors: {', '.join(without)}.")
     arithmetic = defaultdict(set)
     for run in rolled_out:
-        arithmetic[str(run.get("dtype"))].add(run["variant"])
+        arithmetic[str(run.get("dtype")).removeprefix("torch.")].add(run["variant"])
     if len(arithmetic) > 1:
-        each = "; ".join(f"{dtype}: {', '.join(sorted(arithmetic[dtype]))}" for dtype in sorted(arithmetic))
-        notes.append(f"The runs were not all trained in the same arithmetic ({each}).")
+        each = [f"in {dtype} {', '.join(sorted(methods))}" for dtype, methods in sorted(arithmetic.items())]
+        notes.append(f"The runs were not all trained in the same arithmetic: {'; '.join(each)}.")
     probed = defaultdict(set)
     for run in runs:
         if not run["policy"]:
