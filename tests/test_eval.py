@@ -227,7 +227,11 @@ def test_a_missing_film_is_made_again(lab):
     make_run("lapo")
     evaluate(media=0)
     assert not Path("results/tiny/strip.png").exists() and not Path("runs/lapo-s0/rollouts").exists()
-    before = rows_of("lapo-s0")
+    path = Path("runs/lapo-s0/rollouts.csv")
+    first = rows_of("lapo-s0")[0]["return"]
+    path.write_text(path.read_text().replace(f",{first},", ",0.25,", 1))
+    before = rows_of("lapo-s0")  # as another device may have given them
+    assert before[0]["return"] == "0.25"
     evaluate(media=2)
     assert Path("results/tiny/strip.png").exists() and sorted(lab)[:4] == [
         ("reach", 0),
@@ -775,7 +779,8 @@ def test_label_budgets_are_chosen(lab):
     make_run("lapo", labelled=("2", "8", "16"))
     evaluate(labelled=("16", "2"))
     assert {row["labelled"] for row in rows_of("lapo-s0")} == {"2", "16"}
-    assert "no run has a decoder for --labelled 4; there are 2, 8, 16" in refusal(labelled=("4",))
+    for wanted in (("4",), ("2", "4")):
+        assert "no run has a decoder for --labelled 4; there are 2, 8, 16" in refusal(labelled=wanted)
 
 
 def test_chunks_are_executed_in_part(lab, monkeypatch):

@@ -566,6 +566,11 @@ def test_actions_are_clamped(new_run):
     checkpoint = torch.load(run.folder / "decoder_1.pt", weights_only=True)
     checkpoint["module"]["mlp.4.bias"] += torch.tensor([9.0, -9.0, 9.0, -9.0])
     torch.save(checkpoint, run.folder / "decoder_1.pt")
+    with pytest.raises(SystemExit, match="decoder_1.pt is not what .*summary.json tells of"):
+        load_policy(run.folder)
+    summary = json.loads((run.folder / "summary.json").read_text())
+    summary["per_stage"]["decoder_1"]["sha256"] = records.hash_weights(checkpoint["module"])
+    (run.folder / "summary.json").write_text(json.dumps(summary))
     assert load_policy(run.folder)(np.zeros((SIZE, SIZE, 3), np.uint8)).tolist() == [1, -1, 1, -1]
 
 
@@ -826,10 +831,20 @@ def test_load_policy_refuses_what_is_no_policy(new_run, finished, tmp_path):
         with pytest.raises(SystemExit) as error:
             load_policy(*arguments)
         assert hint in one_line(error)
+    checkpoint = torch.load(finished / "bc.pt", weights_only=True)
+    torch.save(checkpoint | {"finished": False}, finished / "bc.pt")  # it is being trained again
+    with pytest.raises(SystemExit) as error:
+        load_policy(finished)
+    assert "bc.pt is not what" in one_line(error)
     (finished / "bc.pt").write_bytes(b"PK")
     with pytest.raises(SystemExit) as error:
         load_policy(finished)
     assert "bc.pt" in one_line(error)
+    stored = json.loads((finished / "args.json").read_text())
+    (finished / "args.json").write_text(json.dumps(stored | {"flag_of_tomorrow": 1}))
+    with pytest.raises(SystemExit) as error:
+        load_policy(finished)
+    assert "args.json has flag_of_tomorrow, unknown here" in one_line(error)
 
 
 # ------------------------------------------------------------ several processes
