@@ -173,6 +173,8 @@ def linear_teacher(run: dict, budget: str) -> LinearTeacher:
 def beyond(first: np.ndarray, told: np.ndarray, episode: np.ndarray) -> np.ndarray:
     """told (N, T) without what first frames (N, F) tell of it, fitted on other episodes (N,) than theirs."""
     rest, fold = np.empty_like(told), np.unique(episode, return_inverse=True)[1] % FOLDS
+    if not fold.any():
+        fail("one episode to train on is too few: what its first frames tell is to be fitted on another")
     for number in range(FOLDS):
         here = fold == number
         rest[here] = told[here] - Ridge(first[~here], told[~here], PENALTY)(first[here])

@@ -112,6 +112,8 @@ def test_what_the_first_frame_tells_is_taken_out_by_other_episodes():
     )
     few = first[:, :10]
     assert beyond(few, few[:, :3], episode).var() < 0.05
+    with pytest.raises(SystemExit, match="one episode"):
+        beyond(few, few, np.zeros(400))
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ SCALES = {  # and how many runs each has at least
     "main": 216,
     "univla": 38,
     "latbot": 89,
-    "motion": 32,
+    "motion": 40,
     "ablations": 120,
     "views": 96,
     "encoders": 34,
@@ -112,7 +112,8 @@ def cut(script: str, flags: list[str]) -> list[str]:
     if script == "eval.py" and "--labelled" in flags:
         flags += ["--labelled", "1"]
     if script == "linear_lam.py":
-        flags = {"--data": given, "the study": ["--quick"], "one case": flags}[linear_lam.asked_for(given)]
+        what = linear_lam.asked_for(given)
+        flags = {"the study": ["--quick"], "one case": flags}.get(what, given)
     return flags
 
 
