@@ -455,7 +455,7 @@ def plot_split(panels: dict[str, tuple[str, float, list]], path: Path) -> Path:
     panels: {title: (xlabel, below which x is linear, [(x, row of beside_trained)])}, see `linear_teacher`.
     """
     budgets = in_order([row["labelled"] for _, _, points in panels.values() for _, row in points])
-    shape, size = (len(budgets), len(panels)), (4 * len(panels), 3.2 * len(budgets))
+    shape, size = (len(budgets), len(panels)), (4 * len(panels) + 2.5, 3.2 * len(budgets))
     figure, axes = plt.subplots(*shape, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for line, budget in zip(axes, budgets):
         for axis, (title, (label, threshold, points)) in zip(line, panels.items()):
@@ -468,8 +468,10 @@ def plot_split(panels: dict[str, tuple[str, float, list]], path: Path) -> Path:
             axis.minorticks_off()
             axis.set(title=title, xlabel=label, ylabel=f"leak $R^2$, {budget} labelled")
             axis.label_outer()
-            if points:
-                axis.legend(fontsize=7)
+    handles = {}  # each label once
+    for axis in axes.flat:
+        handles |= {line.get_label(): line for line in axis.lines}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
     return save_figure(figure, path)
 
 

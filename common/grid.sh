@@ -30,7 +30,7 @@ count_kept() { # of the queue's $names, those whose files are in results/
 }
 work() { # trains what is queued
   local queue=("${runs[@]}") && runs=()
-  [[ ! $list ]] || return 0
+  [[ ! $list ]] && ((${#queue[@]})) || return 0
   jobs=${JOBS:-$(python -c "import os, torch; print(1 if torch.cuda.is_available() else os.cpu_count())")}
   ((jobs == 1)) || export OMP_NUM_THREADS=1 # several processes with several threads each fight for the cores
   mkdir -p "runs/$scale"

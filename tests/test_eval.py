@@ -407,6 +407,7 @@ def test_what_is_rolled_out_needs_no_data_set(lab):
         "latbot": "--episodes 20",
         "views": "",
         "encoders": "",
+        "motion": "",
     }.items(),
 )
 def test_committed_scores_are_those_of_the_committed_rollouts(scale, flags, tmp_path, monkeypatch):
