@@ -207,10 +207,10 @@ class UnifiedDecoder(nn.Module):
         z_scene, z_motion = z, z
         if self.args.latents == "split":
             z_scene, z_motion = z.split([self.args.scene_dim, self.args.motion_dim], 1)
-        scene = self.place.expand(len(z), -1, -1)
+        frame = self.place.expand(len(z), -1, -1)
         if self.args.fdm_sees == "frame":
-            scene = scene + self.project(to_float(first)).flatten(2).transpose(1, 2)
-        frame, scene = scene, torch.cat([scene, self.read_scene(z_scene)[:, None]], 1)
+            frame = frame + self.project(to_float(first)).flatten(2).transpose(1, 2)
+        scene = torch.cat([frame, self.read_scene(z_scene)[:, None]], 1)
         motion = torch.cat([self.slots.expand(len(z), -1, -1), self.read_motion(z_motion)[:, None]], 1)
         for of_scene, of_motion in zip(self.scene, self.motion):
             seen = scene if self.args.actions_see == "both" else frame

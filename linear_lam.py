@@ -321,23 +321,23 @@ def bridge(args: Args, folder: Path) -> None:
             row["trained_leak"] = float(np.mean([leak for _, leak in seeds]))
     rows.sort(key=lambda row: row["change_nmse"])
 
-    columns = [name for name in rows[0] if name != "label"]
-    print(table(columns, [[text_of(row[name]) or "–" for name in columns] for row in rows]))
-    lines = [columns] + [[text_of(row[name]) for name in columns] for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "bridge.csv", "".join(",".join(line) + "\n" for line in lines))
+    save_rows(rows, [name for name in rows[0] if name != "label"], folder / "bridge.csv")
     compare(rows, folder / "bridge.png")
 
 
 def teachers(args: Args, folder: Path) -> None:
     """split.csv and split.png: what the latents of latbot.py's teachers leak, beside what T7 says."""
     rows = beside_trained(find_runs(args.teachers))
-    columns = list(rows[0])
+    save_rows(rows, list(rows[0]), folder / "split.csv")
+    plot_split(panels_of(rows), folder / "split.png")
+
+
+def save_rows(rows: list[dict], columns: list[str], path: Path) -> None:
+    """Prints a table and writes it as CSV."""
     lines = [[text_of(row[name]) for name in columns] for row in rows]
     print(table(columns, [[value or "–" for value in line] for line in lines]))
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "split.csv", "".join(",".join(line) + "\n" for line in [columns, *lines]))
-    plot_split(panels_of(rows), folder / "split.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, "".join(",".join(line) + "\n" for line in [columns, *lines]))
 
 
 # -------------------------------------------------------------------------------- the study

@@ -273,8 +273,10 @@ def plot_probes(runs: list[dict], path: Path) -> Path | None:
             setting[name, layer][*run["tasks"], run["seed"]] = run["action_probe_nmse"]
     none = (0, 0, ""), {}
     (updates, gap, _), values = max(settings.items(), key=lambda item: len(item[1]), default=none)
-    shared = set.intersection(*map(set, values.values())) if values else ()
-    if len(values) < 3 or not shared:
+    if len(values) < 3:
+        return None
+    shared = set.intersection(*map(set, values.values()))
+    if not shared:
         return None
     names = sorted({name for name, _ in values})
     layers = sorted({layer for _, layer in values})

@@ -19,8 +19,8 @@ import numpy as np
 
 from common import fail
 from common.dataset import Column, Dataset
-from common.probes import Ridge, mean_over_tasks
-from common.ranking import features
+from common.probes import Ridge
+from common.ranking import GRID, features, measure, view
 from common.shards import read_json
 from common.windows import Windows
 
@@ -71,13 +71,12 @@ class LinearTeacher:
         self.change_dim = change.shape[1]
         actions = windows.chunk(windows.chunk_rows)[0].flatten(1).double().cpu().numpy()
         self.action_dim = actions.shape[1]
-        view_train = view(windows, train)
-        tell_change = Ridge(view_train, change, PENALTY)
-        tell_actions = Ridge(view(windows, windows.chunk_rows), actions, PENALTY)
-        told = [np.hstack([tell(view_train) for tell in (tell_change, tell_actions)])]
-        told.append(np.hstack([tell(view(windows, held_out)) for tell in (tell_change, tell_actions)]))
+        views = [view(data, rows, windows.offsets) for rows in (train, held_out)]
+        tell_change = Ridge(views[0], change, PENALTY)
+        tell_actions = Ridge(view(data, windows.chunk_rows, windows.offsets), actions, PENALTY)
+        told = [np.hstack([tell_change(seen), tell_actions(seen)]) for seen in views]
         if fdm_sees == "frame":
-            first = [features(data.columns["frames"], rows) for rows in (train, held_out)]
+            first = [seen[:, : 3 * GRID**2] for seen in views]
             told[1] = told[1] - Ridge(first[0], told[0], PENALTY)(first[1])
             told[0] = beyond(first[0], told[0], data.first[train])
         self.train, self.held_out = (both - told[0].mean(0) for both in told)
@@ -91,19 +90,8 @@ class LinearTeacher:
         parts = {"latent": weights}
         if motion_dim:
             parts = {"scene": weights[:, :scene_dim], "motion": weights[:, scene_dim:]}
-        return {name: mean_over_tasks(self.probe(part)) for name, part in parts.items()}
-
-    def probe(self, weights: np.ndarray) -> list[dict]:
-        """Of each task: the probes of the latents that the weights make."""
-        found, begun = [], [0, 0]
-        for probes, *splits in self.tasks:
-            z = []
-            for split, both in enumerate((self.train, self.held_out)):
-                end = begun[split] + len(splits[split])
-                z.append(both[begun[split] : end] @ weights)
-                begun[split] = end
-            found.append(probes.measure(*z))
-        return found
+        z = {name: (self.train @ part, self.held_out @ part) for name, part in parts.items()}
+        return {name: measure(self.tasks, *splits) for name, splits in z.items()}
 
 
 def beside_trained(runs: list[dict]) -> list[dict]:
@@ -186,9 +174,3 @@ def target_of(data: Dataset) -> Column:
     if data.target_kind not in columns:
         fail(f"the linear teacher predicts {', '.join(columns)}, not {data.target_kind}")
     return data.columns[columns[data.target_kind]]
-
-
-def view(windows: Windows, rows: np.ndarray) -> np.ndarray:
-    """What the linear teacher sees of windows (N,): the first frame and how the others differ. (N, V)"""
-    first, *later = (features(windows.data.columns["frames"], rows + offset) for offset in windows.offsets)
-    return np.hstack([first] + [frame - first for frame in later])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
             print(f"{data.root} has no {array}: ranked without {loss}")
     tasks = data.probes()
     train, held_out = (np.concatenate(rows) for rows in list(zip(*tasks))[1:])
-    view_train, view_test = view(data, train), view(data, held_out)
+    view_train, view_test = (view(data, rows, (0, data.frame_gap)) for rows in (train, held_out))
     penalty = 0.1 * len(view_train) * view_train.var(0).mean()
     gram = view_train.T @ view_train + penalty * np.eye(view_train.shape[1])
 
@@ -45,11 +46,7 @@ def rank_targets(data: Dataset, latent_dim: int) -> list[dict]:
         changes = {"change": after - now - (after - now).mean(0), "innovation": innovation(now, after)}
         for variant, change in changes.items():
             weights = linear_encoder(change, view_train, gram, latent_dim)
-            measured = []
-            for probes, train_rows, held_out_rows in tasks:
-                here, there = np.isin(train, train_rows), np.isin(held_out, held_out_rows)
-                measured.append(probes.measure(view_train[here] @ weights, view_test[there] @ weights))
-            measured = mean_over_tasks(measured)
+            measured = measure(tasks, view_train @ weights, view_test @ weights)
             row[f"{variant}_nmse"] = measured["action_probe_nmse"]
             row[f"{variant}_r2"] = measured["action_probe_r2"]
             row[f"{variant}_leak"] = measured["leak_probe_r2"]
@@ -89,11 +86,18 @@ def features(column: Column, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(pooled) / 255 - 0.5
 
 
-def view(data: Dataset, rows: np.ndarray) -> np.ndarray:
-    """What the linear encoder sees of the transitions: frame and difference, as the IDM of lam_vlm.py."""
-    now = features(data.columns["frames"], rows)
-    after = features(data.columns["frames"], rows + data.frame_gap)
-    return np.hstack([now, 4 * (after - now)])
+def view(data: Dataset, rows: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
+    """What a linear encoder sees: the first frame and differences, as the IDM of lam_vlm.py. (N, V)"""
+    first, *later = (features(data.columns["frames"], rows + offset) for offset in offsets)
+    return np.hstack([first] + [4 * (frame - first) for frame in later])
+
+
+def measure(tasks: list[tuple], z_train: np.ndarray, z_held_out: np.ndarray) -> dict:
+    """Means of the probes over `tasks`, of Dataset.probes; z (N, dz): the rows of one after another."""
+    splits = []
+    for z, rows in zip((z_train, z_held_out), list(zip(*tasks))[1:]):
+        splits.append(np.split(z, np.cumsum([len(of_task) for of_task in rows])[:-1]))
+    return mean_over_tasks([probes.measure(*z) for (probes, *_), *z in zip(tasks, *splits)])
 
 
 def change_scale(change: np.ndarray, colours: bool) -> np.ndarray:
