@@ -14,10 +14,12 @@ on held-out episodes instead. IQM, stratified bootstrap and comparisons: common/
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +28,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import lam_vlm
-import latbot
-import univla
 from common import at_least, fail, parse
 from common.actor import Actor
 from common.dataset import Dataset, chunks
@@ -51,8 +50,6 @@ from common.results import (
 from common.shards import atomic_write, lock_folder, parallel, read_json
 from common.statistics import aggregate, budget_order
 from common.tasks import TASKS
-
-LOADERS = {"lam_vlm": lam_vlm.load_policy, "univla": univla.load_policy, "latbot": latbot.load_policy}
 
 
 @dataclass
@@ -127,13 +124,20 @@ def close_envs() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def open_policy(run_dir: Path, labelled: str, policy_hash: str, device: str) -> Actor | latbot.ChunkActor:
-    """The policy, by the script that trained it (older runs name none). policy_hash: for the cache alone.
+def open_policy(run_dir: Path, labelled: str, policy_hash: str, device: str) -> Actor:
+    """The policy, of class Actor or with the same `plan`. policy_hash: for the cache alone.
 
     policy.plan(frames uint8 (B, frame_stack, H, W, 3), task, keys) -> actions (B, span, A)
     """
+    return loader(run_dir)(run_dir, labelled=labelled, device=device)
+
+
+def loader(run_dir: Path) -> Callable[..., Actor]:
+    """load_policy of the script that trained the run, one of ours or a copy (older runs name none)."""
     script = read_json(run_dir / "summary.json").get("script", "lam_vlm")
-    return LOADERS[script](run_dir, labelled=labelled, device=device)
+    if not Path(__file__).with_name(f"{script}.py").exists():
+        fail(f"{run_dir} was trained by {script}.py, which is not beside eval.py")
+    return importlib.import_module(script).load_policy
 
 
 def roll_out_block(block: Block) -> tuple[Block, list[dict], dict[int, np.ndarray]]:
@@ -224,6 +228,7 @@ def plan_blocks(run: dict, rows: dict[tuple, dict], args: Args) -> list[Block]:
                     blocks.append(Block(*what, episodes, sorted(filmed & here)))
     if blocks:
         check_clips(run)
+        loader(run["dir"])  # refuses before anything is rolled out
     return blocks
 
 
@@ -349,12 +354,7 @@ def collect_strips(table: list[dict], runs: list[dict], rows: dict[Path, dict], 
 
 
 def plot_results(
-    table: list[dict],
-    error_table: list[dict],
-    scores: list[dict],
-    runs: list[dict],
-    strips: list[dict],
-    out: Path,
+    table: list[dict], error_table: list[dict], scores: list[dict], runs: list[dict], strips: list, out: Path
 ) -> None:
     from common import figures  # here: matplotlib takes a second to import
 
@@ -382,10 +382,9 @@ def main(args: Args) -> None:
     out = Path(args.out)
     runs = find_runs(args.runs)
     for run in runs:  # how much of a chunk is executed is part of the policy
-        if run.get("script") == "latbot":
-            hashes = run["policy_hash"].items()
+        if "span" in run:  # latbot.py or a copy
             executed = min(args.execute, run["span"])
-            run["policy_hash"] = {budget: f"{policy}-x{executed}" for budget, policy in hashes}
+            run["policy_hash"] = {budget: f"{of}-x{executed}" for budget, of in run["policy_hash"].items()}
     if args.labelled:
         choose_budgets(runs, args.labelled)
     policies = [run for run in runs if run["policy"] and run["labelled_episodes"]]

@@ -31,7 +31,7 @@ from common.actor import Actor, read_policy_run
 from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
 from common.device import average_gradients, mean_over_ranks, pick_device
 from common.probes import mean_over_tasks
-from common.records import default_folder, load_weights
+from common.records import default_folder, load_weights, own_variant
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 
@@ -521,7 +521,7 @@ def open_run(args: Args) -> tuple[Run, Dataset]:
     elif args.method == "bc" or args.supervision:
         fail(f"{args.data} has no actions, which --method bc and --supervision need")
     args.tasks = data.tasks
-    args.variant = args.variant or default_variant(args, data)
+    args.variant = args.variant or own_variant(__file__, "lam_vlm", default_variant(args, data))
     if not args.out:  # two commands that train something else do not share a folder
         budget = f"-{args.labelled_episodes[0]}" if args.variant == "bc-few" or args.supervision else ""
         args.out = default_folder(args.variant + budget, args.tasks, args.seed, args.data)
@@ -540,7 +540,8 @@ def summarise(run: Run, data: Dataset, args: Args, lam: LAM | None) -> None:
     labelled = {}
     if lam is not None and data.action_dim is not None and not args.supervision:  # z has learnt those actions
         labelled = data.probe_labelled(partial(encode, lam, data), run.budgets(*args.labelled_episodes))
-    names = {"script": "lam_vlm", "variant": args.variant, "default_variant": default_variant(args, data)}
+    names = {"script": Path(__file__).stem, "variant": args.variant}
+    names["default_variant"] = default_variant(args, data)
     bc_budget = args.labelled_episodes[0] if args.method == "bc" else None
     measured = run.results("lam") | {"labelled_probe_nmse": labelled}
     run.summarise(measured | names | data.record(), bc_budget)

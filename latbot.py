@@ -30,7 +30,7 @@ from common.backbones import TinyBackbone, VLMBackbone, attended
 from common.dataset import Dataset, chunks, common_std, random_shift, thinned, to_float
 from common.device import average_gradients, mean_over_ranks, pick_device
 from common.probes import mean_over_tasks, r2_score
-from common.records import default_folder, load_checkpoint, load_weights, save_checkpoint
+from common.records import default_folder, load_checkpoint, load_weights, own_variant, save_checkpoint
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 from common.windows import Domain, Windows
@@ -647,7 +647,7 @@ def open_run(args: Args) -> tuple[Run, Windows]:
     if (data.action_dim or 0) < 2:
         fail(f"{args.data} has no actions of a hand and a gripper, which the expert needs")
     args.tasks = data.tasks
-    args.variant = args.variant or default_variant(args, data)
+    args.variant = args.variant or own_variant(__file__, "latbot", default_variant(args, data))
     folder = default_folder(f"{args.variant}-{args.labelled_episodes[0]}", args.tasks, args.seed, args.data)
     args.out = args.out or folder
     windows = Windows(data, args.span, args.frames, args.labelled_episodes[0], args.text)
@@ -660,7 +660,7 @@ def open_run(args: Args) -> tuple[Run, Windows]:
 
 def summarise(run: Run, windows: Windows, args: Args) -> None:
     """summary.json and curves.png of the stages that are done."""
-    names = {"script": "latbot", "variant": args.variant, "domain": asdict(windows.domain)}
+    names = {"script": Path(__file__).stem, "variant": args.variant, "domain": asdict(windows.domain)}
     names["default_variant"] = default_variant(args, windows.data)
     measured = run.results("teacher") | run.results("student")
     probed = "latent" if args.latents == "undivided" else "motion"

@@ -35,7 +35,7 @@ from common.codebook import Codebook, LatentNorm, perplexity, shares
 from common.dataset import Dataset, chunks, common_std, thinned
 from common.device import average_gradients, pick_device
 from common.probes import mean_over_tasks
-from common.records import default_folder
+from common.records import default_folder, own_variant
 from common.runs import Run, one_cycle
 from common.shards import RANK, WORLD
 from common.tokens import Tokens
@@ -447,7 +447,7 @@ def open_run(args: Args) -> tuple[Run, Tokens]:
         for budget in args.labelled_episodes:
             data.labelled(budget)  # refuses one that the data do not have
     args.tasks = data.tasks
-    args.variant = args.variant or default_variant(args, data)
+    args.variant = args.variant or own_variant(__file__, "univla", default_variant(args, data))
     args.out = args.out or default_folder(args.variant, args.tasks, args.seed, args.data)
     tokens = Tokens(data, args.features, args.text)
     run = Run(Path(args.out), ("ti", "tc", "bc", "decoder"), args.seed, device, dtype)
@@ -460,7 +460,8 @@ def open_run(args: Args) -> tuple[Run, Tokens]:
 
 def summarise(run: Run, data: Dataset, args: Args, lam: LAM) -> None:
     """summary.json and curves.png of the stages that are done; a codebook that collapsed is said."""
-    names = {"script": "univla", "variant": args.variant, "default_variant": default_variant(args, data)}
+    names = {"script": Path(__file__).stem, "variant": args.variant}
+    names["default_variant"] = default_variant(args, data)
     stage_1 = {f"stage_1_{name}": value for name, value in run.results("ti").items()}
     measured = run.results("ti") | run.results("tc")
     probes = {name: measured.get(f"{args.cloned}_{name}") for name in PROBES}

@@ -103,7 +103,7 @@ def beside_trained(runs: list[dict]) -> list[dict]:
     """
     rows, made = [], {}
     for run in runs:
-        if run.get("script") != "latbot" or "teacher" not in run["stages"] or run["latents"] == "none":
+        if "teacher" not in run["stages"] or run["latents"] == "none":
             fail(f"{run['dir']} is no run of latbot.py with a teacher")
         same = ("data", "tasks", "target", "encoder", "span", "frames", "probe_fraction", "seed", "fdm_sees")
         (budget,) = read_json(run["dir"] / "args.json")["labelled_episodes"]  # the summary's: of policies

@@ -147,7 +147,9 @@ def trained_lams(
             continue
         if summary.get("shards_hash", data.shards_hash) != data.shards_hash:
             continue  # collected anew since
-        if "lam" not in summary["stages"] or any(args.get(name) != default[name] for name in names):
+        if summary.get("script", "lam_vlm") != "lam_vlm" or "lam" not in summary["stages"]:
+            continue
+        if any(args.get(name) != default[name] for name in names):
             continue
         target = args["target"]
         if target == "embedding":

@@ -154,6 +154,12 @@ def policy_stages(stages: dict[str, dict], bc_budget: str | None) -> dict[str, l
     return policies
 
 
+def own_variant(file: str, original: str, variant: str) -> str:
+    """The variant; in a copy of a script behind the copy's name, for its runs are none of the original's."""
+    script = Path(file).stem
+    return variant if script == original else f"{script}-{variant}"
+
+
 def default_folder(variant: str, tasks: tuple[str, ...], seed: int, data: str) -> str:
     """runs/<variant>_<tasks>_s<seed>, and the data set's name if that is not quick."""
     folder = f"runs/{variant}_{'+'.join(tasks)}_s{seed}"

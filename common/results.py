@@ -82,6 +82,8 @@ def mixture(run: dict, other: dict) -> str:
     shared_budgets = set(run["labelled_episodes"]) & set(other["labelled_episodes"])
     if run["seed"] == other["seed"] and shared_tasks and (shared_budgets or not run["policy"]):
         return f"{both} with seed {run['seed']}"
+    if run.get("script", "lam_vlm") != other.get("script", "lam_vlm"):
+        return f"{both}, of different scripts"
     if run["data"] != other["data"]:
         return f"{both} with different data"
     if (len(run["tasks"]) > 1) != (len(other["tasks"]) > 1):

@@ -31,8 +31,6 @@ from eval import Args
 # oldest first. Episode e succeeds at step 5 + e % 7, every third one never, unless the policy is "good". The
 # reward depends on the place in the batch, as a real policy's rounding may.
 STANDINS = {
-    "univla.py": "load_policy = None",
-    "latbot.py": "load_policy = None",
     "common/distracting_metaworld.py": """
 import os, pathlib, time
 import numpy as np
@@ -135,7 +133,7 @@ def lab(tmp_path, monkeypatch):
         exec(source, module := {})
         modules |= module
     monkeypatch.setattr(ev, "DistractingMetaWorld", modules["DistractingMetaWorld"])
-    monkeypatch.setattr(ev, "LOADERS", dict.fromkeys(ev.LOADERS, modules["load_policy"]))
+    monkeypatch.setattr(ev, "loader", lambda run_dir: modules["load_policy"])
     monkeypatch.setattr(ev, "ENVS", {})
     monkeypatch.setattr(sys, "argv", ["eval.py"])
     ev.open_policy.cache_clear()
@@ -310,7 +308,7 @@ def test_a_policy_that_gives_nan_is_refused(lab, monkeypatch):
         def plan(self, frames, task, keys):
             return np.full((len(frames), 1, 4), np.nan, np.float32)
 
-    monkeypatch.setattr(ev, "LOADERS", {"lam_vlm": lambda *_, **__: Policy()})
+    monkeypatch.setattr(ev, "loader", lambda run_dir: lambda *_, **__: Policy())
     with pytest.raises(ValueError, match="not finite at step 1"):
         evaluate()
     assert not Path("runs/lapo-s0/rollouts.csv").exists()
@@ -347,6 +345,8 @@ def test_runs_that_only_share_a_name_are_refused(lab):
     make_run("lapo")
     assert "runs/first and runs/lapo-s0 are both variant 'lapo' with seed 0" in refusal()
     evaluate(runs=("first", "runs/first"))
+    make_run("lapo", seed=4, script="my_lam")
+    assert "are both variant 'lapo', of different scripts" in refusal(runs=("lapo-s0", "lapo-s4"))
     shutil.copytree("data/tiny", "data/other")
     make_run("lapo", seed=1, data="data/other")
     assert "are both variant 'lapo' with different data" in refusal(runs=("lapo-s0", "lapo-s1"))
@@ -472,7 +472,7 @@ def videos(lab, monkeypatch) -> dict:
         plan = lambda frames, task, keys: policy(frames)[:, None]  # noqa: E731
         return types.SimpleNamespace(plan=plan, frame_stack=3)
 
-    monkeypatch.setattr(ev, "LOADERS", {"lam_vlm": load_policy})
+    monkeypatch.setattr(ev, "loader", lambda run_dir: load_policy)
     return actions
 
 
@@ -815,7 +815,7 @@ def test_chunks_are_executed_in_part(lab, monkeypatch):
             chunk = np.arange(8)[None, :, None] / 8 * np.ones((len(frames), 1, 4))
             return chunk.astype(np.float32)
 
-    monkeypatch.setattr(ev, "LOADERS", {"latbot": lambda *_, **__: Policy()})
+    monkeypatch.setattr(ev, "loader", lambda run_dir: lambda *_, **__: Policy())
     make_run("latbot", script="latbot", span=8)
     evaluate(episodes=2, envs=2, execute=3)
     reach = ev.TASKS.index("reach")

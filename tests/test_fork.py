@@ -20,14 +20,15 @@ def changed_lines(diff: str) -> int:
 
 @pytest.fixture
 def forked(tmp_path, tiny_data):
-    """forked(diff) -> a copy of the code with the diff applied and a data set in data/quick."""
+    """forked(diff) -> a copy of the code with the diff applied, if any, and a data set in data/quick."""
 
-    def apply(diff: str) -> Path:
+    def apply(diff: str | None) -> Path:
         (tmp_path / "common").mkdir()
         for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]:
             shutil.copy(path, tmp_path / path.relative_to(ROOT))
         shutil.copytree(tiny_data, tmp_path / "data/quick")
-        subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
+        if diff:
+            subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=tmp_path, check=True)
         return tmp_path
 
     return apply
@@ -72,3 +73,24 @@ def test_a_new_encoder(forked):
     run(folder, "lam_vlm.py", "--encoder", "edges", *TRAIN)
     summary = json.loads((folder / "run/summary.json").read_text())
     assert summary["embedding"]["encoder"] == "edges" and summary["variant"] == "lapo-edges"
+
+
+def test_a_copy_of_a_script_has_runs_of_its_own_and_eval_takes_its_policy(forked):
+    folder = forked(None)
+    copy = (folder / "lam_vlm.py").read_text().replace("256", "32")  # a decoder of another width
+    (folder / "my_lam.py").write_text(copy)
+    tiny = "--lam-updates 2 --bc-updates 2 --decoder-updates 2 --batch-size 8 --labelled-episodes 1".split()
+    for script in ("lam_vlm.py", "my_lam.py"):
+        run(folder, script, *tiny, "--device", "cpu")
+    names = {path.parent.name for path in folder.glob("runs/*/summary.json")}
+    assert names == {"lapo-oracle_drawer-open_s0", "my_lam-lapo-oracle_drawer-open_s0"}
+    run(folder, "eval.py", "--episodes", "1", "--envs", "1", "--media", "0", "--workers", "1")
+    scores = (folder / "results/quick/scores.csv").read_text()
+    assert "\nlapo-oracle,drawer-open,0," in scores and "\nmy_lam-lapo-oracle,drawer-open,0," in scores
+
+    (folder / "my_lam.py").unlink()
+    result = run_script(folder / "eval.py", "--episodes", "2", "--media", "0", cwd=folder)
+    refusal = result.stderr.strip().splitlines()[-1]
+    why = "was trained by my_lam.py, which is not beside eval.py"
+    assert refusal == f"eval.py: runs/my_lam-lapo-oracle_drawer-open_s0 {why}"
+    run(folder, "eval.py", "--episodes", "1", "--media", "0")  # a table needs no script
