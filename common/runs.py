@@ -201,7 +201,9 @@ class Run:
             training.finished = checkpoint["finished"]
             training.results = checkpoint["results"]
             update = checkpoint["update"]
-            state = "finished already" if training.finished else f"goes on at update {update}"
+            state = f"goes on at update {update}"
+            if training.finished:
+                state = f"finished already, by code {checkpoint.get('commit', 'none')}"
             if RANK == 0:
                 print(f"{stage}: {state}")
         if RANK == 0 and not training.finished:
